@@ -1,0 +1,60 @@
+"""The tape: one forward pass as a flat list of operations on numbered tensors.
+
+Python records it (:mod:`llmprune.trace`); everything else reads it. Plain lists only, so a tape is JSON as it stands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Argument tags of an operation's ``code``: every schema argument in schema order, as a tag and its payload of ints.
+NONE, TENSOR, TENSORS, INT, INTS, FLOAT, BOOL, OTHER, BOOLS = range(9)
+
+# Operation flags.
+POINTWISE = 1
+"""``torch.Tag.pointwise``: the output's elements depend on the broadcast inputs' elements at the same place only."""
+MUTATES = 2
+"""Writes into its first tensor argument (in-place or ``out=``), which appears again among the outputs."""
+
+
+@dataclass
+class Tape:
+    """One recorded forward pass.
+
+    Attributes:
+        tensors: id -> ``[sizes, dtype_class, storage_id, role, name]``; ``dtype_class`` is one of ``f i b c`` (float,
+            integer, bool, complex); ``role`` one of ``value parameter buffer input constant``; ``name`` the canonical
+            parameter or buffer name, or the input's keyword (empty for values).
+        ops: ``[name, flags, code, outputs, scope]``; ``name`` is the ATen schema name without overload
+            (``aten::view``), ``code`` the encoded arguments, ``outputs`` tensor ids (-1 where an output is not a
+            tensor), ``scope`` an index into ``scopes``.
+        scopes: module paths (the root is the empty string).
+        outputs: ids of the tensors that matter to a caller (logits, or the last hidden state).
+        equations: ``[tensor_id, dim, tree, where]``: the integer expression ``tree`` gave the size of that dimension.
+        value_used: ``[tree, where]``: an integer whose value entered the arithmetic as a number.
+        model: class name of the traced model.
+        attention: attention implementation the tape was recorded under.
+        device_mode: ``meta`` or ``real``.
+        notes: what the recording had to do (fallbacks), for the report.
+    """
+
+    tensors: list[list[Any]] = field(default_factory=list)
+    ops: list[list[Any]] = field(default_factory=list)
+    scopes: list[str] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    equations: list[list[Any]] = field(default_factory=list)
+    value_used: list[list[Any]] = field(default_factory=list)
+    model: str = ""
+    attention: str = ""
+    device_mode: str = "meta"
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The tape as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Tape:
+        """The inverse of :meth:`to_json`."""
+        return cls(**data)
