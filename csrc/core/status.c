@@ -68,7 +68,8 @@ lp_status lp_grow(const lp_allocator *allocator, void **block, size_t *capacity,
         target = 8;
     while (target < need)
         if (!lp_add_size(target, target, &target))
-            return lp_error_set(err, LP_ERR_OVERFLOW, "an array of %zu elements does not fit in memory", need);
+            return lp_error_set(err, LP_ERR_OVERFLOW, "an array of %zu elements does not fit in memory",
+                                need);
     if (!lp_mul_size(target, width, &bytes))
         return lp_error_set(err, LP_ERR_OVERFLOW, "an array of %zu elements does not fit in memory", need);
     old_bytes = *capacity * width;

@@ -1,0 +1,36 @@
+/* The state of one `_core` module object, and what the files of this room offer each other.
+ *
+ * Only files under csrc/binding include Python.h.  Every public call of the module has the same shape: adopt and check
+ * the arguments, release the GIL, run core code on plain pointers, take the GIL back, then raise (lp_raise).
+ */
+#ifndef LP_BINDING_BINDING_H
+#define LP_BINDING_BINDING_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "core/status.h"
+
+typedef struct {
+    PyObject *LlmpruneError; /* Exception's child, parent of the others */
+    PyObject *TraceError;
+    PyObject *PlanError;
+    PyObject *TensorError;
+    PyTypeObject *graph_type; /* _core.Graph; NULL until lp_binding_add_graph made it */
+} lp_module_state;
+
+/* State of the module `module`; borrowed, lives as long as the module. */
+static inline lp_module_state *lp_binding_state(PyObject *module)
+{
+    return (lp_module_state *)PyModule_GetState(module);
+}
+
+/* errors.c: create the exceptions, keep them in `state` and add them to `module`.  -1 with an exception set on failure. */
+int lp_binding_add_errors(PyObject *module, lp_module_state *state);
+
+/* errors.c: the one place where a status becomes an exception.  Sets the exception that belongs to err->code with its
+ * sentence and returns NULL, so that a call can `return lp_raise(state, &err)`.  A NULL or LP_OK err is our own bug and
+ * raises SystemError. */
+PyObject *lp_raise(const lp_module_state *state, const lp_error *err);
+
+#endif

@@ -1,0 +1,60 @@
+#include "binding.h"
+
+static int module_exec(PyObject *module)
+{
+    lp_module_state *state = lp_binding_state(module);
+
+    return lp_binding_add_errors(module, state);
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    lp_module_state *state = lp_binding_state(module);
+
+    Py_VISIT(state->LlmpruneError);
+    Py_VISIT(state->TraceError);
+    Py_VISIT(state->PlanError);
+    Py_VISIT(state->TensorError);
+    Py_VISIT(state->graph_type);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    lp_module_state *state = lp_binding_state(module);
+
+    Py_CLEAR(state->LlmpruneError);
+    Py_CLEAR(state->TraceError);
+    Py_CLEAR(state->PlanError);
+    Py_CLEAR(state->TensorError);
+    Py_CLEAR(state->graph_type);
+    return 0;
+}
+
+static void module_free(void *module)
+{
+    (void)module_clear((PyObject *)module);
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, (void *)module_exec},
+    {0, NULL},
+};
+
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "llmprune._core",
+    .m_doc = "The C core: axis algebra, selection and CPU kernels. Use it through the package llmprune.",
+    .m_size = sizeof(lp_module_state),
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
+};
+
+PyMODINIT_FUNC PyInit__core(void);
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&module_def);
+}

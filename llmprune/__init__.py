@@ -1,0 +1,1 @@
+"""Structured pruning for any PyTorch model: trace, score, plan, compact, verify, save."""

@@ -1,0 +1,35 @@
+"""Every error llmprune raises on purpose. The text of each is one sentence: what was wrong, where, and what to do.
+
+The command line prints that sentence and exits with code 2.
+"""
+
+from __future__ import annotations
+
+from llmprune._core import LlmpruneError, PlanError, TensorError, TraceError
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "InputError",
+    "LlmpruneError",
+    "PlanError",
+    "TensorError",
+    "TraceError",
+    "VerificationError",
+]
+
+
+class CalibrationError(LlmpruneError):
+    """Calibration data that cannot be used: empty, too short, token ids out of range, or a loss that is not finite."""
+
+
+class CheckpointError(LlmpruneError):
+    """A checkpoint folder that cannot be read or written."""
+
+
+class VerificationError(LlmpruneError):
+    """The compacted model does not equal its masked reference."""
+
+
+class InputError(LlmpruneError, ValueError):
+    """An argument outside its documented domain."""
