@@ -1,0 +1,44 @@
+# Builds and runs the C tests in four variants under build/c/VARIANT.  Included by the Makefile of the repository.
+
+C_LIBRARY := $(wildcard csrc/core/*.c csrc/kernels/cpu/*.c)
+C_TESTS   := $(wildcard tests/core/test_*.c tests/kernels/test_*.c)
+C_SHARED  := $(filter-out $(C_TESTS),$(wildcard tests/core/*.c tests/kernels/*.c))
+
+C_FLAGS  := -std=c11 -D_GNU_SOURCE -pthread -g -Wall -Wextra -Wshadow -Wconversion -Werror -Icsrc -Itests/core \
+            -Itests/kernels -MMD -MP
+C_plain    := -O2
+C_asan     := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+C_tsan     := -O1 -fsanitize=thread
+C_valgrind := -O1
+
+C_RUN_plain    :=
+C_RUN_asan     := ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1
+C_RUN_tsan     := TSAN_OPTIONS=halt_on_error=1
+# valgrind does not know AVX-512, so the kernels are held to AVX2 there.
+C_RUN_valgrind := LLMPRUNE_SIMD=avx2 valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all
+
+# $(call c_variant,NAME): objects, programs, and the phony target run-c-NAME.
+define c_variant
+build/c/$(1)/%.o: %.c
+	@mkdir -p $$(@D)
+	@echo "$(1) cc $$<"
+	@$$(CC) $$(C_FLAGS) $$(C_$(1)) -c $$< -o $$@
+
+build/c/$(1)/%.run: build/c/$(1)/%.o $$(patsubst %.c,build/c/$(1)/%.o,$$(C_LIBRARY) $$(C_SHARED))
+	@$$(CC) -pthread $$(C_$(1)) $$^ -lm -o $$@
+
+.PRECIOUS: build/c/$(1)/%.o build/c/$(1)/%.run
+.PHONY: run-c-$(1)
+run-c-$(1): $$(patsubst %.c,build/c/$(1)/%.run,$$(C_TESTS))
+	@set -e; for program in $$^; do echo "$(1) run $$$$program"; $$(C_RUN_$(1)) $$$$program; done
+
+-include $$(patsubst %.c,build/c/$(1)/%.d,$$(C_LIBRARY) $$(C_SHARED) $$(C_TESTS))
+endef
+
+$(foreach variant,plain asan tsan valgrind,$(eval $(call c_variant,$(variant))))
+
+ctest:
+	$(MAKE) --no-print-directory -j $(JOBS) run-c-plain
+
+asan tsan valgrind:
+	$(MAKE) --no-print-directory -j $(JOBS) run-c-$@
