@@ -33,4 +33,7 @@ int lp_binding_add_errors(PyObject *module, lp_module_state *state);
  * raises SystemError. */
 PyObject *lp_raise(const lp_module_state *state, const lp_error *err);
 
+/* select.c: add rank and merge to `module`.  -1 with an exception set on failure. */
+int lp_binding_add_select(PyObject *module);
+
 #endif

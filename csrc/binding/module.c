@@ -4,7 +4,9 @@ static int module_exec(PyObject *module)
 {
     lp_module_state *state = lp_binding_state(module);
 
-    return lp_binding_add_errors(module, state);
+    if (lp_binding_add_errors(module, state) < 0)
+        return -1;
+    return lp_binding_add_select(module);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
