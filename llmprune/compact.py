@@ -1,0 +1,363 @@
+"""Compaction: take a plan's slices out of a model, in place.
+
+The model object, its modules and its ``Parameter`` objects stay the same; each parameter gets a smaller tensor, and the
+memory of the old one goes back before the next is touched, so the peak is the model and one matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from llmprune import record
+from llmprune.errors import PlanError, TensorError
+from llmprune.interrupts import deferred_interrupts
+from llmprune.record import AttributeValue, Compaction, Positions
+
+log = logging.getLogger(__name__)
+
+# Integers of a tensor's element size: compaction moves bits, so every dtype travels as one DLPack knows.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Sizes that torch.nn's own modules keep beside their parameters: attribute -> dimension of ``weight``. Nothing computes
+# with them, but code that inspects a model (and its printed form) reads them.
+_BUILTIN_SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
+    (nn.Linear, {"out_features": 0, "in_features": 1}),
+    (nn.Embedding, {"num_embeddings": 0, "embedding_dim": 1}),
+    (nn.modules.batchnorm._BatchNorm, {"num_features": 0}),
+    (nn.GroupNorm, {"num_channels": 0}),
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One tensor to be cut: its name, the tensor, and dimension -> kept positions (sorted, unique, int64)."""
+
+    name: str
+    tensor: torch.Tensor
+    kept: dict[int, Positions]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape after the cut."""
+        return tuple(len(self.kept[d]) if d in self.kept else n for d, n in enumerate(self.tensor.shape))
+
+
+def compact(model: nn.Module, plan: Any) -> nn.Module:
+    """Remove what ``plan`` removes from ``model``, in place.
+
+    Afterwards the same model object runs, trains and generates, ``sum(p.numel())`` and the process's memory have
+    shrunk, and ``model.llmprune`` holds the :class:`~llmprune.record.Compaction` record. Parameter objects, dtypes,
+    devices, ``requires_grad`` and ties stay; ``.grad`` of a cut parameter is dropped (its shape would be wrong). An
+    optimizer's own state for it has the old shape too: make optimizers after pruning.
+
+    Everything that can be wrong with the plan or the tensors is found before the first change. From there on Ctrl-C is
+    held back until the model is whole again (then raised); should the machine fail in between (no memory for one
+    matrix), the model is left unusable and says so when it is called.
+
+    Args:
+        model: the model the plan was made for.
+        plan: a :class:`llmprune.plan.Plan`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        PlanError: the plan belongs to another model, or to this one before it was pruned.
+        TensorError: a tensor that cannot be cut: two parameters overlap in memory, or a parameter is not a plain
+            dense tensor. Nothing has been changed.
+    """
+    cuts, attributes = prepare(model, plan)
+    before = _count(model)
+    kept = {cut.name: cut.kept for cut in cuts}
+    old = record.fresh(model)
+    with deferred_interrupts():
+        try:
+            while cuts:
+                # The list is emptied as it is worked off: it would hold the old tensors.
+                _replace(cuts.pop())
+            set_attributes(model, attributes)
+        except BaseException as error:
+            _break(model, old, error)
+            raise
+        step = record.Step(
+            options=dict(getattr(plan, "options", {})),
+            removed=_removed(plan),
+            parameters_before=before,
+            parameters_after=_count(model),
+            versions=record.versions(),
+        )
+        model.llmprune = old.compose(kept, attributes, step)  # type: ignore[assignment]
+        _return_memory()
+    return model
+
+
+def compacted_copy(model: nn.Module, plan: Any) -> nn.Module:
+    """A copy of ``model``, pruned by ``plan``; ``model`` is left as it is.
+
+    The copy shares the parameters that the plan does not cut with ``model`` (they are only to be read), so it costs the
+    memory of the pruned matrices alone. It carries no record.
+
+    Raises:
+        PlanError, TensorError: as :func:`compact`.
+    """
+    cuts, attributes = prepare(model, plan)
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for cut in cuts:
+        smaller = gather(cut.tensor, cut.kept)
+        if isinstance(cut.tensor, nn.Parameter):
+            smaller = nn.Parameter(smaller, requires_grad=cut.tensor.requires_grad)
+        memo[id(cut.tensor)] = smaller
+    memo[id(getattr(model, "llmprune", None))] = None
+    twin = copy.deepcopy(model, memo)
+    set_attributes(twin, attributes)
+    return twin
+
+
+def prepare(model: nn.Module, plan: Any) -> tuple[list[Cut], list[AttributeValue]]:
+    """Check ``plan`` against ``model`` and lay out the work; changes nothing.
+
+    Returns:
+        The tensors to cut, and every attribute to set: the plan's, and the sizes torch.nn's modules keep.
+
+    Raises:
+        PlanError, TensorError: as :func:`compact`.
+    """
+    old = getattr(model, "llmprune", None)
+    if isinstance(old, Compaction) and old.state != "complete":
+        raise TensorError("this model was left half pruned by an earlier compaction: load it again")
+    expected = record.fingerprint(model)
+    if plan.fingerprint and plan.fingerprint != expected:
+        why = (
+            "this model has been pruned since"
+            if isinstance(old, Compaction)
+            else "it was made for another model"
+        )
+        raise PlanError(
+            f"the plan does not fit this {type(model).__name__}: {why}; trace the model and plan again"
+        )
+    tensors: dict[str, torch.Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    cuts = []
+    for name, dims in plan.kept.items():
+        if name not in tensors:
+            raise PlanError(f"the plan cuts {name!r}, which this {type(model).__name__} does not have")
+        cuts.append(Cut(name, tensors[name], _checked_positions(name, tensors[name], dims)))
+    _check_tensors(tensors, cuts)
+    attributes = [AttributeValue(a.module, a.name, a.index, a.new) for a in plan.attributes]
+    for attribute in plan.attributes:
+        _check_attribute(model, attribute)
+    return cuts, attributes + _builtin_sizes(model, cuts, attributes)
+
+
+def gather(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
+    """The kept positions of ``tensor`` as a new contiguous tensor of its own; ``tensor`` is not changed."""
+    out = tensor.detach()
+    for dim, positions in kept.items():
+        out = out.index_select(dim, torch.as_tensor(positions, device=out.device))
+    return out.contiguous()
+
+
+def set_attributes(model: nn.Module, attributes: Iterable[AttributeValue]) -> None:
+    """Set module attributes, entries of tuples and lists, and fields of configs.
+
+    A config is usually one object that all modules of a model hold. Where every module of a class that holds it agrees
+    on a new value, the shared config is changed and stays one object; where they differ (layers pruned by different
+    amounts) each module concerned gets a shallow copy of its own.
+    """
+    attributes = list(attributes)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    shared = [_agreed(modules, attribute, attributes) for attribute in attributes]
+    copied: set[tuple[str, str]] = set()
+    for attribute, in_place in zip(attributes, shared, strict=True):
+        owner: Any = modules[attribute.module]
+        *path, name = attribute.name.split(".")
+        for depth, part in enumerate(path, 1):
+            key = (attribute.module, ".".join(path[:depth]))
+            if not in_place and key not in copied:
+                setattr(owner, part, copy.copy(getattr(owner, part)))
+                copied.add(key)
+            owner = getattr(owner, part)
+        _assign(owner, name, attribute)
+
+
+def _agreed(
+    modules: Mapping[str, nn.Module], attribute: AttributeValue, attributes: list[AttributeValue]
+) -> bool:
+    """Whether every module that reads this field of this very config object is to see the same new value."""
+    *path, _ = attribute.name.split(".")
+    if not path:
+        return True
+    target = _follow(modules[attribute.module], path)
+    kinds, wanted = set(), {}
+    for other in attributes:
+        if (other.name, other.index) == (attribute.name, attribute.index):
+            kinds.add(type(modules[other.module]))
+            wanted[id(modules[other.module])] = other.value
+    readers = (m for m in modules.values() if type(m) in kinds and _follow(m, path) is target)
+    return all(wanted.get(id(m)) == attribute.value for m in readers)
+
+
+def _follow(start: Any, path: list[str]) -> Any:
+    """``start.a.b`` for path ``[a, b]``; None where an attribute is missing on the way."""
+    for part in path:
+        start = getattr(start, part, None)
+    return start
+
+
+def _assign(owner: Any, name: str, attribute: AttributeValue) -> None:
+    if attribute.index is None:
+        setattr(owner, name, attribute.value)
+        return
+    sequence = getattr(owner, name)
+    items = list(sequence)
+    items[attribute.index] = attribute.value
+    setattr(owner, name, items if isinstance(sequence, list) else type(sequence)(items))
+
+
+def _check_attribute(model: nn.Module, attribute: Any) -> None:
+    """Raise PlanError unless the attribute is there, can be set and has the value the plan was made from."""
+    full = f"{attribute.module}.{attribute.name}".lstrip(".")
+    try:
+        owner: Any = model.get_submodule(attribute.module)
+        *path, name = attribute.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        value = getattr(owner, name)
+        if attribute.index is not None:
+            value = value[attribute.index]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise PlanError(f"the plan sets {full}, which this {type(model).__name__} does not have") from error
+    declared = getattr(type(owner), name, None)
+    if isinstance(declared, property) and declared.fset is None:
+        raise PlanError(f"the plan sets {full}, which is a read-only property")
+    if value != attribute.old:
+        raise PlanError(
+            f"the plan changes {full} from {attribute.old}, but it is {value}: trace and plan again"
+        )
+
+
+def _builtin_sizes(model: nn.Module, cuts: list[Cut], planned: list[AttributeValue]) -> list[AttributeValue]:
+    """The sizes torch.nn modules keep about a cut weight, unless the plan sets them itself."""
+    taken = {(a.module, a.name) for a in planned}
+    out = []
+    for cut in cuts:
+        for other, module in model.named_modules(remove_duplicate=False):
+            if getattr(module, "weight", None) is not cut.tensor:
+                continue
+            for kind, sizes in _BUILTIN_SIZES:
+                for name, dim in sizes.items() if isinstance(module, kind) else ():
+                    if dim in cut.kept and (other, name) not in taken:
+                        out.append(AttributeValue(other, name, None, len(cut.kept[dim])))
+    return out
+
+
+def _checked_positions(name: str, tensor: torch.Tensor, dims: Mapping[int, Any]) -> dict[int, Positions]:
+    out = {}
+    for dim, positions in dims.items():
+        chosen = np.asarray(positions)
+        if not 0 <= dim < tensor.dim():
+            raise PlanError(f"the plan cuts dimension {dim} of {name}, which has {tensor.dim()}")
+        size = tensor.shape[dim]
+        if chosen.ndim != 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
+            raise PlanError(f"the plan keeps no valid list of positions of {name} dimension {dim}")
+        if chosen[0] < 0 or chosen[-1] >= size or (np.diff(chosen) <= 0).any():
+            raise PlanError(
+                f"kept positions of {name} dimension {dim} must rise strictly within 0..{size - 1}"
+            )
+        out[dim] = chosen.astype(np.int64, copy=False)
+    return out
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], cuts: list[Cut]) -> None:
+    """Raise TensorError for what cannot be cut without changing something else or losing what the tensor is."""
+    for cut in cuts:
+        t = cut.tensor
+        if t.layout is not torch.strided or t.is_quantized or is_traceable_wrapper_subclass(t):
+            raise TensorError(
+                f"{cut.name} is no plain dense tensor: load the model without quantisation or sharding"
+            )
+        if t.is_inference():
+            raise TensorError(
+                f"{cut.name} was made in inference mode and cannot change: load the model outside of it"
+            )
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + _extent(t), name)
+        for name, t in tensors.items()
+        if isinstance(t, nn.Parameter) and t.device.type != "meta" and t.numel()
+    )
+    names = {cut.name for cut in cuts}
+    end, owner = 0, ""
+    for start, stop, name in spans:
+        if start < end and (name in names or owner in names):
+            raise TensorError(
+                f"{name} and {owner} are different parameters in the same memory: give each its own"
+            )
+        if stop > end:
+            end, owner = stop, name
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first to past the last element."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _replace(cut: Cut) -> None:
+    """Give the cut's tensor object its smaller data; the old memory is free when this returns."""
+    smaller, tensor = gather(cut.tensor, cut.kept), cut.tensor
+    tensor.grad = None
+    # Autograd keeps a gradient's expected shape while an earlier graph lives; a change of dtype makes it forget.
+    other = torch.float32 if tensor.dtype is not torch.float32 else torch.float64
+    if tensor.requires_grad:
+        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = smaller
+
+
+def _break(model: nn.Module, old: Compaction, error: BaseException) -> None:
+    """Make a half cut model say so instead of computing something."""
+    reason = f"compaction failed ({type(error).__name__}: {error})"
+    model.llmprune = replace(old, state="broken")  # type: ignore[assignment]
+    model.forward = _Unusable(reason)
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """Takes the place of ``forward`` in a model that must not run."""
+
+    reason: str
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise TensorError(f"this model was left half pruned, {self.reason}: load it again")
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _removed(plan: Any) -> list[dict[str, Any]]:
+    axes = getattr(plan, "axes", {})
+    return [
+        {
+            "axis": int(axis),
+            "kind": axes.get(axis, {}).get("kind", "other"),
+            "size": int(axes.get(axis, {}).get("size", 0)),
+            "removed": [int(i) for i in indices],
+        }
+        for axis, indices in getattr(plan, "removed", {}).items()
+    ]
+
+
+def _return_memory() -> None:
+    """Hand freed heap pages back to the system, where the C library (glibc) needs to be asked."""
+    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

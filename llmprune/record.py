@@ -1,0 +1,192 @@
+"""The record a pruned model carries: what it was, what is left of it, and how that was decided.
+
+:func:`llmprune.compact` attaches a :class:`Compaction` as ``model.llmprune``; saving a checkpoint, verifying one and
+pruning a second time read it. Positions in it are always those of the *original* model, however often it was pruned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmprune.errors import PlanError
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class AttributeValue:
+    """A module attribute as the pruned model needs it.
+
+    ``name`` may be dotted (``config.num_key_value_heads``); ``index`` is set when it is one entry of a tuple or list.
+    """
+
+    module: str
+    name: str
+    index: int | None
+    value: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pruning: its plan's options and what it took away.
+
+    Attributes:
+        options: the plan's options (ratio, kinds, importance, calibration hash, seed, ...), JSON values only.
+        removed: per axis ``{"axis", "kind", "size", "removed"}``; ``removed`` are indices of the model as it was
+            *before* this step.
+        parameters_before: parameter count before this step.
+        parameters_after: parameter count after it.
+        versions: versions of Python and of the packages that took part.
+    """
+
+    options: dict[str, Any]
+    removed: list[dict[str, Any]]
+    parameters_before: int
+    parameters_after: int
+    versions: dict[str, str]
+
+
+@dataclass
+class Compaction:
+    """What has been cut from a model. It is copied with the model by :func:`copy.deepcopy` and pickled with it.
+
+    Attributes:
+        model_class: the model's class name.
+        module: the Python module that defines the class.
+        original_shapes: every parameter (canonical name, tied ones once) and buffer -> its shape before any pruning.
+        kept: parameter or buffer name -> dimension -> kept positions of the original, sorted; only what changed.
+        attributes: the attributes that differ from the original model's, with their values now.
+        history: the prunings, oldest first.
+        state: ``complete``, or ``broken`` after a compaction that did not reach its end: such a model is unusable.
+    """
+
+    model_class: str
+    module: str
+    original_shapes: dict[str, tuple[int, ...]]
+    kept: dict[str, dict[int, Positions]] = field(default_factory=dict)
+    attributes: list[AttributeValue] = field(default_factory=list)
+    history: list[Step] = field(default_factory=list)
+    state: str = "complete"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape now, for each parameter and buffer whose shape changed."""
+        out = {}
+        for name, dims in self.kept.items():
+            shape = list(self.original_shapes[name])
+            for dim, positions in dims.items():
+                shape[dim] = len(positions)
+            out[name] = tuple(shape)
+        return out
+
+    def compose(
+        self,
+        kept: Mapping[str, Mapping[int, Positions]],
+        attributes: Iterable[AttributeValue],
+        step: Step,
+    ) -> Compaction:
+        """The record after one more pruning.
+
+        Args:
+            kept: what the new plan keeps, as positions of the model *as it is now*.
+            attributes: the attributes the new pruning sets.
+            step: the new pruning's provenance.
+
+        Returns:
+            A new record; this one is left as it was.
+
+        Raises:
+            PlanError: ``kept`` names a position that this record's model no longer has.
+        """
+        composed = {name: dict(dims) for name, dims in self.kept.items()}
+        for name, dims in kept.items():
+            if name not in self.original_shapes:
+                raise PlanError(f"the record knows no parameter {name!r}: it belongs to another model")
+            for dim, positions in dims.items():
+                now = composed.setdefault(name, {}).get(dim)
+                if now is None:
+                    now = np.arange(self.original_shapes[name][dim], dtype=np.int64)
+                chosen = np.asarray(positions, dtype=np.int64)
+                if chosen.size and (chosen[0] < 0 or chosen[-1] >= len(now)):
+                    raise PlanError(
+                        f"{name} dimension {dim} has {len(now)} positions left; the plan keeps position {chosen[-1]}"
+                    )
+                composed[name][dim] = now[chosen]
+        values = {(a.module, a.name, a.index): a for a in self.attributes}
+        values.update({(a.module, a.name, a.index): a for a in attributes})
+        return Compaction(
+            model_class=self.model_class,
+            module=self.module,
+            original_shapes=dict(self.original_shapes),
+            kept=composed,
+            attributes=list(values.values()),
+            history=[*self.history, step],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
+        return {
+            "model_class": self.model_class,
+            "module": self.module,
+            "original_shapes": {name: list(shape) for name, shape in self.original_shapes.items()},
+            "kept": {
+                name: {str(dim): positions.tolist() for dim, positions in dims.items()}
+                for name, dims in self.kept.items()
+            },
+            "attributes": [vars(a) for a in self.attributes],
+            "history": [vars(step) for step in self.history],
+            "state": self.state,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Compaction:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            model_class=data["model_class"],
+            module=data["module"],
+            original_shapes={name: tuple(shape) for name, shape in data["original_shapes"].items()},
+            kept={
+                name: {int(dim): np.asarray(positions, dtype=np.int64) for dim, positions in dims.items()}
+                for name, dims in data["kept"].items()
+            },
+            attributes=[AttributeValue(**a) for a in data["attributes"]],
+            history=[Step(**step) for step in data["history"]],
+            state=data.get("state", "complete"),
+        )
+
+
+def fresh(model: torch.nn.Module) -> Compaction:
+    """An empty record of an unpruned model (or the one it carries)."""
+    record = getattr(model, "llmprune", None)
+    if isinstance(record, Compaction):
+        return record
+    shapes = {name: tuple(p.shape) for name, p in (*model.named_parameters(), *model.named_buffers())}
+    return Compaction(type(model).__name__, type(model).__module__, shapes)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in ("llmprune", "torch", "transformers", "numpy", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """What tells one model's plans from another's: sha256 of its class name and its tensors' names and shapes."""
+    lines = [type(model).__name__]
+    lines += sorted(
+        f"{name} {tuple(t.shape)}" for name, t in (*model.named_parameters(), *model.named_buffers())
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
