@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import signal
 
@@ -346,7 +347,7 @@ def test_copy_shares_what_is_not_cut_and_leaves_the_model_alone() -> None:
 
 
 def test_interrupt_is_delivered_after_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    import llmprune.compact as module
+    module = importlib.import_module("llmprune.compact")
 
     model = llama().double()
     plan = llama_plan(model, FFN_CUT, HEAD_CUT)
@@ -369,7 +370,7 @@ def test_interrupt_is_delivered_after_the_cut(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_failure_in_the_middle_leaves_a_model_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import llmprune.compact as module
+    module = importlib.import_module("llmprune.compact")
 
     model = llama()
     plan = llama_plan(model, FFN_CUT, HEAD_CUT)

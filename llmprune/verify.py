@@ -1,0 +1,329 @@
+"""Verification: a compacted model must compute what its masked reference computes.
+
+The masked reference is the original model with the removed positions of the same parameters set to zero, in which
+every operation that normalises over a removed axis sees the kept positions only (:mod:`llmprune.masked_ops`). It shares
+no code with compaction: it moves nothing, resizes nothing and sets no attribute, so a slip in any of these shows as a
+difference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmprune.compact import compacted_copy
+from llmprune.errors import InputError, LlmpruneError, VerificationError
+from llmprune.interrupts import deferred_interrupts
+from llmprune.masked_ops import KeptPositions
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest error relative to the reference's largest output, by the dtype that was computed in.
+
+float64 models are not given less: their norms and softmaxes round to float32 inside.
+"""
+
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+"""Where rounding could hide or fake a difference, models small enough are compared in this dtype instead."""
+
+WIDEN_LIMIT = 4 << 30
+"""Bytes that the widened copies of a model may take."""
+
+PRINCIPAL = ("logits", "logits_per_image", "last_hidden_state")
+"""Outputs of which one must be comparable, in this order; a model with none of them is judged by its first output."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a compacted model is from its masked reference.
+
+    Attributes:
+        max_error: largest absolute difference of any output element.
+        relative_error: the same over ``scale``.
+        scale: largest absolute value of the principal output of the reference.
+        tolerance: what ``relative_error`` had to stay below.
+        dtype: the dtype that was computed in.
+        inputs: batches compared (the given one, and the same with its last token masked where there is a mask).
+        masked_ops: operations that were restricted to the kept positions, per batch.
+        outputs: names of the outputs compared.
+    """
+
+    max_error: float
+    relative_error: float
+    scale: float
+    tolerance: float
+    dtype: str
+    inputs: int
+    masked_ops: int
+    outputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"equal to the masked reference: relative error {self.relative_error:.1e} (allowed {self.tolerance:.0e}) "
+            f"in {self.dtype} on {self.inputs} batches, {self.masked_ops} operations over kept positions only"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {**asdict(self), "outputs": list(self.outputs)}
+
+
+def verify(model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None = None) -> Verification:
+    """Compare what ``plan`` would make of ``model`` with the masked reference; ``model`` is left as it was.
+
+    The parameters are masked in place and put back bit for bit, so that the extra memory is that of the pruned matrices
+    (and of their removed slices). float32 and float64 models are compared as they are; a float32 model that differs by
+    more than rounding should is compared again in float64, and bfloat16 and float16 ones in float32, as long as the
+    copies stay below ``WIDEN_LIMIT`` bytes.
+
+    Args:
+        model: the model the plan was made for, not yet compacted.
+        plan: a :class:`llmprune.plan.Plan`.
+        inputs: keyword arguments of ``model.forward``; None makes them from the model's config.
+
+    Returns:
+        The :class:`Verification`.
+
+    Raises:
+        VerificationError: an output differs by more than the tolerance or is not finite, or the compacted model does
+            not run; the message says by how much and in which module it begins.
+        PlanError, TensorError: as :func:`llmprune.compact`.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise InputError("a model on the meta device has no values to verify: load its weights")
+    if inputs is None:
+        from llmprune.inputs import example_inputs
+
+        inputs = example_inputs(model)
+    dtype = _narrowest(model)
+    if dtype in (torch.bfloat16, torch.float16) and _fits(model, WIDER[dtype]):
+        return _verify_in(
+            copy.deepcopy(model).to(WIDER[dtype]), plan, _cast(inputs, WIDER[dtype]), WIDER[dtype]
+        )
+    try:
+        return _verify_in(model, plan, inputs, dtype)
+    except VerificationError:
+        if dtype is not torch.float32 or not _fits(model, torch.float64):
+            raise
+    return _verify_in(
+        copy.deepcopy(model).to(torch.float64), plan, _cast(inputs, torch.float64), torch.float64
+    )
+
+
+def _verify_in(model: nn.Module, plan: Any, inputs: Mapping[str, Any], dtype: torch.dtype) -> Verification:
+    """:func:`verify` without a change of dtype."""
+    twin = compacted_copy(model, plan)
+    tolerance = TOLERANCE.get(dtype, 1e-5)
+    worst, worst_relative, worst_scale = 0.0, 0.0, 0.0
+    names: tuple[str, ...] = ()
+    batches = _batches(inputs)
+    compared = masked = 0
+    counts: dict[str, int] = {}
+    with _evaluating(model), _evaluating(twin), torch.no_grad():
+        for number, batch in enumerate(batches):
+            with _masked(model, plan):
+                try:
+                    reference, mode = _reference(model, plan, batch)
+                except (LlmpruneError, RuntimeError, ValueError, TypeError, IndexError):
+                    if number == 0:
+                        raise
+                    continue  # the model itself, or its marked operations, cannot be had on a padded batch
+            seen = {op.name: mode.counts[op.name] for op in plan.marked}
+            if number and (seen != counts or not all(torch.isfinite(t).all() for t in reference.values())):
+                continue  # other operations than the plan's run here, or not even the reference is finite
+            counts = seen
+            try:
+                got = outputs_of(twin, batch)
+            except Exception as error:
+                raise VerificationError(
+                    f"the compacted model does not run ({type(error).__name__}: {error}): the plan must not be applied"
+                ) from error
+            error_now, scale, names = _compare(reference, got)
+            compared, masked = compared + 1, mode.done
+            relative = error_now / scale if scale else error_now
+            if not relative <= tolerance:
+                where = _first_difference(model, twin, plan, batch, tolerance)
+                raise VerificationError(
+                    f"the compacted model differs from its masked reference: relative error {relative:.1e} in {dtype}, "
+                    f"allowed {tolerance:.0e}{where}: the plan must not be applied"
+                )
+            if relative >= worst_relative:
+                worst, worst_relative, worst_scale = error_now, relative, scale
+    return Verification(
+        max_error=worst,
+        relative_error=worst_relative,
+        scale=worst_scale,
+        tolerance=tolerance,
+        dtype=str(dtype).removeprefix("torch."),
+        inputs=compared,
+        masked_ops=masked,
+        outputs=names,
+    )
+
+
+def outputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Floating point outputs of one forward pass, by name (or number, where the model returns a tuple)."""
+    result = model(**copy.deepcopy(dict(batch)))
+    if isinstance(result, torch.Tensor):
+        items: list[tuple[str, Any]] = [("output", result)]
+    elif isinstance(result, Mapping):
+        items = list(result.items())
+    elif isinstance(result, tuple | list):
+        items = [(str(i), item) for i, item in enumerate(result)]
+    else:
+        raise InputError(
+            f"{type(model).__name__}.forward returns a {type(result).__name__}: no tensors to compare"
+        )
+    return {name: t.detach() for name, t in items if isinstance(t, torch.Tensor) and t.is_floating_point()}
+
+
+def _reference(
+    model: nn.Module, plan: Any, batch: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], KeptPositions]:
+    """Outputs of the masked reference; ``model``'s parameters are masked already."""
+    with KeptPositions(plan.marked) as mode:
+        reference = outputs_of(model, batch)
+    if mode.missing:
+        op = mode.missing[0]
+        raise VerificationError(
+            f"{op.name} number {op.nth} in {op.module or 'the model'}, which normalises over a removed axis, did "
+            "not run: verify with inputs like those of the trace"
+        )
+    return reference, mode
+
+
+def _compare(
+    reference: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
+) -> tuple[float, float, tuple[str, ...]]:
+    """Largest error over all outputs of equal shape, the principal output's scale, and the names compared."""
+    principal = next((name for name in PRINCIPAL if name in reference), next(iter(reference), None))
+    if principal is None or principal not in got:
+        raise VerificationError("the model's output holds no floating point tensor to compare")
+    if reference[principal].shape != got[principal].shape:
+        raise VerificationError(
+            f"the compacted model's {principal} has shape {tuple(got[principal].shape)}, the original's "
+            f"{tuple(reference[principal].shape)}: the plan cuts an output"
+        )
+    # Other outputs may legitimately be smaller (an encoder's hidden states after its hidden channels were cut).
+    names = tuple(n for n, t in reference.items() if n in got and got[n].shape == t.shape)
+    error = max(_error(reference[name], got[name]) for name in names)
+    return error, float(reference[principal].abs().max()) if reference[principal].numel() else 0.0, names
+
+
+def _error(reference: torch.Tensor, got: torch.Tensor) -> float:
+    """Largest absolute difference; NaN anywhere is an error of NaN, equal infinities (masked logits) are equal."""
+    if not reference.numel():
+        return 0.0
+    difference = (reference.double() - got.double()).abs()
+    return float(torch.where(reference == got, 0.0, difference).max())
+
+
+@contextmanager
+def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
+    """Zero the removed positions of the parameters inside the block; afterwards every bit is as it was."""
+    parameters = dict(model.named_parameters())
+    undo: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    try:
+        with deferred_interrupts():
+            for name, dims in plan.kept.items():
+                if name not in parameters:
+                    continue  # a buffer: what it scales or shifts is zero already
+                data = parameters[name].data  # not a new version for autograd: the values will be back
+                for dim, kept in dims.items():
+                    gone = torch.as_tensor(np.setdiff1d(np.arange(data.shape[dim]), kept), device=data.device)
+                    undo.append((data, dim, gone, data.index_select(dim, gone)))
+                    data.index_fill_(dim, gone, 0)
+        yield
+    finally:
+        with deferred_interrupts():
+            for data, dim, gone, values in reversed(undo):
+                data.index_copy_(dim, gone, values)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards each module's own mode."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _batches(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The given batch, and where there is an attention mask the same with its last token masked.
+
+    A padded batch takes other paths through attention (sdpa with a mask, repeated keys).
+    """
+    batches = [dict(inputs)]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] > 1:
+        padded = mask.clone()
+        padded[:, -1] = 0
+        batches.append({**inputs, "attention_mask": padded})
+    return batches
+
+
+def _first_difference(
+    model: nn.Module, twin: nn.Module, plan: Any, batch: Mapping[str, Any], tolerance: float
+) -> str:
+    """Where the two begin to differ: the first module whose output has the same shape in both, but other values."""
+    with _masked(model, plan):
+        expected = _module_outputs(model, lambda: _reference(model, plan, batch))
+    found = _module_outputs(twin, lambda: outputs_of(twin, batch))
+    for name, tensor in expected.items():
+        other = found.get(name)
+        if name and other is not None and other.shape == tensor.shape and tensor.numel():
+            scale = float(tensor.abs().max()) or 1.0
+            if not _error(tensor, other) / scale <= tolerance:
+                return f", beginning in {name}"
+    return ""
+
+
+def _module_outputs(model: nn.Module, run: Any) -> dict[str, torch.Tensor]:
+    """Module path -> the first floating point tensor of its (last) output, in the order the modules finish."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, result: Any) -> None:
+            tensor = result[0] if isinstance(result, tuple) and result else result
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                seen[name] = tensor.detach().clone()
+
+        return hook
+
+    handles = [module.register_forward_hook(remember(name)) for name, module in model.named_modules()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _narrowest(model: nn.Module) -> torch.dtype:
+    """The floating point dtype of the model's parameters with the fewest bits."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return min(dtypes, key=lambda d: (torch.finfo(d).bits, -torch.finfo(d).eps), default=torch.float32)
+
+
+def _fits(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a copy of the model in ``dtype`` and its compacted twin stay below the limit."""
+    elements = sum(p.numel() for p in model.parameters())
+    return 2 * elements * torch.finfo(dtype).bits // 8 <= WIDEN_LIMIT
+
+
+def _cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Floating point inputs (pixels, features) in ``dtype``."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
