@@ -1,0 +1,266 @@
+"""The loss of each calibration sample, and the same over a vocabulary too large for whole logits.
+
+The default is the mean next-token cross entropy of a causal language model. Over a large vocabulary the logits
+(samples x length x vocabulary) would outweigh everything else in memory, so the final projection and the cross entropy
+are fused: slices of its rows, an online logsumexp forward, the same slices again backward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llmprune.calibration import Batch
+from llmprune.errors import CalibrationError, InputError
+
+UserLoss = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
+SLICE_BYTES = 1 << 23
+"""Size of one float32 slice of logits in the fused loss."""
+
+
+def config_value(model: nn.Module, name: str) -> Any:
+    """``model.config.<name>``, or None where the model has no such thing."""
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def _accepted(model: nn.Module) -> tuple[set[str], bool]:
+    parameters = inspect.signature(model.forward).parameters
+    return set(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Call ``model`` on ``inputs`` without a cache and return its logits (the first output if it names none).
+
+    Raises:
+        InputError: the model returns no floating-point tensor there.
+    """
+    names, anything = _accepted(model)
+    options = {"use_cache": False} if "use_cache" in names else {}
+    if set(inputs) == {"input_ids"} and "input_ids" not in names and not anything:
+        output = model(inputs["input_ids"], **options)
+    else:
+        output = model(**inputs, **options)
+    if not isinstance(output, torch.Tensor):
+        logits = getattr(output, "logits", None)
+        output = logits if logits is not None else (output[0] if isinstance(output, (tuple, list)) else None)
+    if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+        raise InputError(
+            f"{type(model).__name__} returns no logits: pass loss=, a callable (model, batch) -> losses"
+        )
+    return output
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precisions as float32; anything else as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross entropy of each sample: logits (S, T, V), ids (S, T) -> (S,)."""
+    flat = upcast(logits[:, :-1]).reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none").view(len(ids), -1).mean(1)
+
+
+def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of each sample: logits (S, ..., V), labels (S, ...) with -100 where nothing is predicted."""
+    losses = F.cross_entropy(
+        upcast(logits).reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none", ignore_index=-100
+    )
+    counted = (labels != -100).reshape(len(labels), -1)
+    return losses.view(len(labels), -1).sum(1) / counted.sum(1).clamp(min=1)
+
+
+class SampleLosses:
+    """Callable (batch) -> the loss of each sample, shape (S,), for one model.
+
+    Args:
+        model: The model.
+        loss: A user's ``loss(model, batch)``: a mapping of tensors in, one loss per sample out; None for the default:
+            with plain ids the mean next-token loss; with "labels" among the inputs the mean cross entropy of the
+            model's logits against them, position by position (shift them yourself where the model does not).
+        batch: The calibration samples; only which inputs there are matters here.
+
+    Raises:
+        InputError: the default does not apply to this model or these inputs.
+    """
+
+    def __init__(self, model: nn.Module, loss: UserLoss | None, batch: Batch):
+        self.model, self.loss = model, loss
+        self.plain = loss is None and set(batch.inputs) == {"input_ids"}
+        """Whether this is the next-token loss, and so the final projection may be fused into it."""
+        if loss is not None:
+            return
+        if self.plain and config_value(model, "is_encoder_decoder"):
+            raise InputError(
+                f"{type(model).__name__} is an encoder-decoder, which has no next-token loss over plain ids: pass a "
+                "mapping with labels as calibration, or loss="
+            )
+        if not self.plain and "labels" not in batch.inputs:
+            raise InputError(
+                "calibration inputs without labels need loss=, a callable (model, batch) -> losses"
+            )
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The losses of ``batch``'s samples, with their autograd graph."""
+        if self.loss is not None:
+            losses = self.loss(self.model, batch.inputs)
+            if not isinstance(losses, torch.Tensor) or losses.shape != (batch.samples,):
+                got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+                raise InputError(
+                    f"loss= returned {got}: one loss per sample, shape ({batch.samples},), is expected"
+                )
+            return losses
+        if self.plain:
+            return self.of_logits(logits_of(self.model, batch.inputs), batch)
+        return label_losses(logits_of(self.model, batch.inputs), batch.inputs["labels"])
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """The model's logits for ``batch``."""
+        return logits_of(self.model, batch.inputs)
+
+    def of_logits(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The next-token losses from logits (S, T, V).
+
+        Raises:
+            InputError: the logits are no next-token predictions by their shape.
+        """
+        ids = batch.inputs["input_ids"]
+        if logits.dim() != 3 or logits.shape[:2] != ids.shape:
+            raise InputError(
+                f"{type(self.model).__name__} returns logits of shape {tuple(logits.shape)} for ids of shape "
+                f"{tuple(ids.shape)}, no next-token predictions: pass loss=, a callable (model, batch) -> losses"
+            )
+        return next_token_losses(logits, ids)
+
+    def check_causal(self, batch: Batch) -> None:
+        """See that no logits depend on later tokens, by changing the last token of a small batch.
+
+        Raises:
+            InputError: they do, so that a next-token loss would mean nothing.
+        """
+        if not self.plain:
+            return
+        ids = batch.inputs["input_ids"]
+        other = ids.clone()
+        other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, -1] - 1).abs(), ids[:, 0])
+        with torch.no_grad():
+            first = logits_of(self.model, {"input_ids": ids})
+            second = logits_of(self.model, {"input_ids": other})
+        if first.dim() != 3 or first.shape[:2] != ids.shape:
+            self.of_logits(first, batch)
+        first, second = first[:, :-1].float(), second[:, :-1].float()
+        if float((first - second).abs().max()) > 1e-2 * float(first.abs().max()):
+            raise InputError(
+                f"{type(self.model).__name__} is not causal (its logits depend on later tokens), so the next-token "
+                "loss means nothing: pass loss=, or a mapping with labels as calibration"
+            )
+
+
+def check_losses(losses: torch.Tensor, first: int = 0) -> None:
+    """See that every sample's loss is finite.
+
+    Args:
+        losses: One loss per sample.
+        first: The number of the first of these samples in the calibration set.
+
+    Raises:
+        CalibrationError: one is not; the message names the sample.
+    """
+    bad = (~torch.isfinite(losses.detach())).nonzero()
+    if len(bad):
+        sample = int(bad[0])
+        raise CalibrationError(
+            f"the loss of calibration sample {first + sample} is {float(losses[sample])}: the model's weights or "
+            "its precision cannot carry this sample"
+        )
+
+
+class HeadUse(Protocol):
+    """What the fused loss tells about the final projection while it runs backward."""
+
+    samples: int
+
+    def rows(self, start: int, stop: int, x: torch.Tensor, dy: torch.Tensor, y: torch.Tensor) -> None:
+        """Rows ``start:stop`` of the weight saw inputs ``x`` (n, in), outputs' gradients ``dy`` and outputs ``y``."""
+
+    def inputs(self, x: torch.Tensor, dx: torch.Tensor) -> None:
+        """All rows are done: inputs ``x`` (n, in) and their gradients."""
+
+
+def _slice_rows(tokens: int) -> int:
+    return max(256, SLICE_BYTES // (4 * max(1, tokens)))
+
+
+class FusedLoss(torch.autograd.Function):
+    """Mean next-token losses from the final projection's input, without whole logits.
+
+    ``apply(hidden (S, T, in), weight (V, in), bias (V,) or None, ids (S, T), use, anchor)`` -> losses (S,). The weight
+    and the bias are constants to autograd: what their gradients would be goes to ``use``, slice by slice, or nowhere
+    when it is None. ``anchor`` is any tensor that requires grad.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ids: torch.Tensor,
+        use: HeadUse | None,
+        anchor: torch.Tensor,
+    ) -> torch.Tensor:
+        """Online logsumexp over slices of rows (Milakov and Gimelshein 2018)."""
+        samples, length = ids.shape
+        x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        targets = ids[:, 1:].reshape(-1)
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        top = torch.full((len(x),), -torch.inf, dtype=accumulate, device=x.device)
+        total, picked = torch.zeros_like(top), torch.zeros_like(top)
+        step = _slice_rows(len(x))
+        for start in range(0, len(weight), step):
+            stop = min(start + step, len(weight))
+            logits = upcast(F.linear(x, weight[start:stop], None if bias is None else bias[start:stop]))
+            now = torch.maximum(top, logits.amax(1))
+            inside = (targets >= start) & (targets < stop)
+            picked += torch.where(
+                inside, logits.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None])[:, 0], 0
+            )
+            total = total * (top - now).exp() + logits.sub_(now[:, None]).exp_().sum(1)
+            top = now
+        logsum = top + total.log()
+        ctx.save_for_backward(hidden, weight, targets, logsum)
+        ctx.bias, ctx.use = bias, use
+        return (logsum - picked).view(samples, length - 1).mean(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """The same slices again: softmax minus one-hot, handed on and multiplied back."""
+        (gradient,) = gradients
+        hidden, weight, targets, logsum = ctx.saved_tensors
+        bias, use = ctx.bias, ctx.use
+        samples, length = hidden.shape[0], hidden.shape[1] - 1
+        x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        scale = (gradient.to(logsum.dtype) / length).repeat_interleave(length)
+        dx = torch.zeros_like(x, dtype=logsum.dtype)
+        step = _slice_rows(len(x))
+        for start in range(0, len(weight), step):
+            stop = min(start + step, len(weight))
+            y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+            dy = (upcast(y) - logsum[:, None]).exp_().mul_(scale[:, None])
+            inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
+            dy[inside, targets[inside] - start] -= scale[inside]
+            dy = dy.to(x.dtype)
+            dx += dy @ weight[start:stop]
+            if use is not None:
+                use.rows(start, stop, x, dy, y)
+        dx = dx.to(x.dtype)
+        if use is not None:
+            use.inputs(x, dx)
+        full = torch.zeros_like(hidden)
+        full[:, :-1] = dx.view(samples, length, -1)
+        return full, None, None, None, None, None

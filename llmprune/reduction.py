@@ -1,0 +1,379 @@
+"""From uses of parameters, as a backward pass streams them by, to sums over structures.
+
+A parameter's gradient is the sum over its uses. Each use in a linear map is a pair of matrices, inputs ``x`` and
+outputs' gradients ``dy``, with gradient ``dy^T x``; a lookup in an embedding is the same with one-hot ``dy``'s in the
+place of inputs to the rows. So uses of one parameter concatenate along tokens, and a kernel that reduces
+``dy^T x`` while it is in cache never stores a gradient, however often and in whatever ways the parameter is used.
+Pieces wait here until all uses of a parameter are in; then they are reduced and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from llmprune import _core
+from llmprune.importance import Importance
+
+Sums = dict[str, list[np.ndarray]]
+"""Parameter name -> for each dimension float64 sums of the elementwise importance, one per index."""
+
+
+class Reroute(Exception):
+    """Parameters turned out to be used in a way the streamed path does not cover; they take the general path."""
+
+    def __init__(self, names: set[str]):
+        super().__init__(", ".join(sorted(names)))
+        self.names = names
+
+
+@dataclass
+class _Pieces:
+    """What has come in for one parameter: per group of samples (keyed by its first sample) tokens of its uses."""
+
+    linear: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    lookup: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    rows: torch.Tensor | None = None
+    """The rows of the weight that ``linear``'s dy stand for; None for all."""
+    transposed: bool = False
+    count: int = 0
+
+    def add(self, kind: str, start: int, first: torch.Tensor, second: torch.Tensor) -> None:
+        groups = self.linear if kind == "linear" else self.lookup
+        groups.setdefault(start, []).append((first, second))
+
+
+def _joined(groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of a group's uses side by side, then groups of samples one below the other: (S, T, ...) each."""
+    parts = []
+    for start in sorted(groups):
+        uses = groups[start]
+        parts.append(
+            uses[0] if len(uses) == 1 else tuple(torch.cat(side, 1) for side in zip(*uses, strict=True))
+        )
+    if len(parts) == 1:
+        return parts[0][0], parts[0][1]
+    first, second = (torch.cat(side, 0) for side in zip(*parts, strict=True))
+    return first, second
+
+
+class Reducer:
+    """Reduces uses of parameters to sums over structures.
+
+    Args:
+        importance: Which elementwise importance.
+        parameters: Name -> the parameter whose structures are scored.
+        samples: How many samples ``s`` is a mean over, and ``g`` with it; 1 for first order, where samples need not be
+            told apart. The loss that runs backward is the samples' sum, so that each sample's rows of ``dy`` carry
+            its own gradient.
+        uses: Name -> how many uses make a parameter's gradient complete. None: nothing is reduced, uses are counted.
+        done: Called with the name of each parameter that is complete.
+
+    ``samples`` counts the groups that ``s`` tells apart; ``begin`` says which of them the coming uses belong to.
+    """
+
+    def __init__(
+        self,
+        importance: Importance,
+        parameters: Mapping[str, torch.Tensor],
+        samples: int,
+        uses: Mapping[str, int],
+        done: Callable[[str], None],
+    ):
+        self.importance, self.parameters, self.samples = importance, parameters, samples
+        self.uses, self.done = uses, done
+        self.sums: Sums = {name: [np.zeros(n) for n in p.shape] for name, p in parameters.items()}
+        self.ids: dict[str, list[torch.Tensor]] = {}
+        """Embedding name -> the ids it has looked up so far, (S, T) each."""
+        self._pieces: dict[str, _Pieces] = {}
+        self._complete: set[str] = set()
+        self._start, self._here = 0, samples
+
+    def begin(self, start: int, stop: int) -> None:
+        """Uses from now on belong to samples ``start`` to ``stop``."""
+        self._start, self._here = start, stop - start
+
+    @property
+    def here(self) -> int:
+        """How many samples the current uses hold."""
+        return self._here
+
+    def _scored(self, name: str) -> torch.Tensor:
+        return self.parameters[name].detach()
+
+    # What the backward pass calls -----------------------------------------------------------------------------------
+
+    def linear(
+        self,
+        name: str,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        *,
+        transposed: bool = False,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """A use as ``y = x W^T``: x (S, T, in), dy (S, T, out), samples in order; ``rows`` limits out to these."""
+        pieces = self._pieces.setdefault(name, _Pieces())
+        pieces.transposed, pieces.rows = transposed, rows
+        pieces.add("linear", self._start, x, dy)
+        self._count(name)
+
+    def lookup(self, name: str, ids: torch.Tensor, dy: torch.Tensor, padding: int | None) -> None:
+        """A use as ``y = W[ids]``: ids (S, T), dy (S, T, width); row ``padding`` gets no gradient."""
+        if padding is not None:
+            dy = dy.masked_fill((ids == padding)[..., None], 0)
+        if self.importance.additive:
+            self._lookup_signed(name, ids, dy)
+        else:
+            self._pieces.setdefault(name, _Pieces()).add("lookup", self._start, ids, dy)
+        self._count(name)
+
+    def linear_signed(
+        self,
+        name: str,
+        x: torch.Tensor,
+        dx: torch.Tensor,
+        dy: torch.Tensor,
+        y: torch.Tensor,
+        bias: torch.Tensor | None,
+        transposed: bool,
+        count: bool = True,
+        start: int = 0,
+    ) -> None:
+        """A use for an additive importance, all (tokens, ...): no weight gradient is formed.
+
+        Row sums of ``g*w`` are ``sum_t dy*(y - bias)``, column sums ``sum_t x*dx``. ``start`` is the first row that dy
+        and y stand for; without dx's columns (None is not allowed) nothing could be said of the inputs.
+        """
+        out, inner = (1, 0) if transposed else (0, 1)
+        self._dots(dy, y, self.sums[name][out][start : start + dy.shape[1]])
+        if bias is not None:
+            part = dy.sum(0, dtype=torch.float64) * bias.detach().double()[start : start + dy.shape[1]]
+            self.sums[name][out][start : start + dy.shape[1]] -= part.numpy()
+        if count:
+            self._dots(x, dx, self.sums[name][inner])
+            self._count(name)
+
+    @staticmethod
+    def _dots(a: torch.Tensor, b: torch.Tensor, out: np.ndarray) -> None:
+        _core.dot_columns(a.detach().contiguous(), b.detach().contiguous(), out)
+
+    def per_sample(self, name: str, gradients: torch.Tensor) -> None:
+        """Gradients of a parameter for each sample, (samples, *shape)."""
+        double = gradients.detach().double()
+        self.whole(name, double.mean(0), double.square().mean(0))
+
+    def whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None = None) -> None:
+        """A parameter's whole mean gradient, and mean square where the importance needs it; None for zeros."""
+        self._reduce_tensor(self._scored(name), grad, square, self.sums[name])
+        self._complete.add(name)
+        self.done(name)
+
+    # Completion -----------------------------------------------------------------------------------------------------
+
+    def _count(self, name: str) -> None:
+        pieces = self._pieces.setdefault(name, _Pieces())
+        pieces.count += 1
+        expected = self.uses.get(name, 0)
+        if pieces.count > expected:
+            raise Reroute({name})
+        if pieces.count == expected:
+            if not self.importance.additive:
+                self._reduce(name, pieces)
+            self._pieces[name] = _Pieces(count=pieces.count)
+            self._complete.add(name)
+            self.done(name)
+
+    def check_complete(self) -> None:
+        """See that every streamed parameter had the expected uses.
+
+        Raises:
+            Reroute: the ones that had fewer, such as a layer this batch did not reach.
+        """
+        short = {name for name in self.uses if name not in self._complete}
+        if short:
+            raise Reroute(short)
+
+    def _reduce(self, name: str, pieces: _Pieces) -> None:
+        weight, sums = self._scored(name), self.sums[name]
+        if not pieces.lookup:
+            x, dy = _joined(pieces.linear)
+            out, inner = (1, 0) if pieces.transposed else (0, 1)
+            self._reduce_linear(weight, x, dy, sums[out], sums[inner], pieces.transposed)
+            return
+        ids, dlookup = _joined(pieces.lookup)
+        if not pieces.linear:
+            self._reduce_lookup(weight, ids, dlookup, sums)
+            return
+        x, dy = _joined(pieces.linear)
+        used = ids.unique()
+        if pieces.rows is None:
+            self.unused_rows(name, 0, used, x, dy)
+            dy = dy[..., used]
+        self._reduce_tied(weight, used, x, dy, ids, dlookup, sums)
+
+    # Kernels --------------------------------------------------------------------------------------------------------
+
+    def _reduce_linear(
+        self,
+        weight: torch.Tensor,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        row: np.ndarray,
+        col: np.ndarray,
+        transposed: bool = False,
+    ) -> None:
+        """Weight (out, in), x (S, T, in), dy (S, T, out) -> added to row (out) and col (in)."""
+        _core.linear_scores(
+            weight,
+            x.reshape(-1, x.shape[-1]).contiguous(),
+            dy.reshape(-1, dy.shape[-1]).contiguous(),
+            self.samples,
+            self.importance.order,
+            row,
+            col,
+            transposed=transposed,
+            threads=torch.get_num_threads(),
+        )
+
+    def _reduce_tensor(
+        self,
+        weight: torch.Tensor,
+        grad: torch.Tensor | None,
+        square: torch.Tensor | None,
+        outs: list[np.ndarray],
+    ) -> None:
+        """Any tensor and its whole gradient; ``outs`` as in :data:`Sums`. A scalar has no structures."""
+        if weight.dim() == 0 or weight.numel() == 0:
+            return
+        if grad is None and self.importance.order > 0:
+            grad = torch.zeros_like(weight)
+        if square is None and self.importance.order > 1:
+            square = torch.zeros_like(weight)
+        if self.importance.kernel is not None:
+            contiguous = [None if t is None else t.detach().contiguous() for t in (weight, grad, square)]
+            _core.tensor_scores(contiguous[0], contiguous[1], contiguous[2], self.importance.kernel, outs)
+            return
+        double = [weight.double() if t is None else t.detach().double() for t in (weight, grad, square)]
+        element = self.importance.element(double[0], double[1], double[2])
+        for dim, out in enumerate(outs):
+            out += element.movedim(dim, 0).reshape(len(out), -1).sum(1).cpu().numpy()
+
+    def _lookup_signed(self, name: str, ids: torch.Tensor, dy: torch.Tensor) -> None:
+        flat = ids.reshape(-1)
+        product = dy.reshape(len(flat), -1).double() * self._scored(name)[flat].double()
+        np.add.at(self.sums[name][0], flat.cpu().numpy(), product.sum(1).cpu().numpy())
+        self.sums[name][1] += product.sum(0).cpu().numpy()
+
+    def _reduce_lookup(
+        self, weight: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor, sums: list[np.ndarray]
+    ) -> None:
+        """An embedding's rows: only those looked up have a gradient."""
+        used, place = ids.unique(return_inverse=True)
+        kind = torch.promote_types(dy.dtype, torch.float32)
+        grad = torch.zeros((len(used), weight.shape[1]), dtype=kind)
+        square = torch.zeros_like(grad) if self.importance.order > 1 else None
+        for sample in range(self.samples):
+            mine, where = place[sample].unique(return_inverse=True)
+            part = torch.zeros((len(mine), weight.shape[1]), dtype=kind)
+            part.index_add_(0, where, dy[sample].to(kind))
+            grad[mine] += part / self.samples
+            if square is not None:
+                square[mine] += part.square() / self.samples
+        row = np.zeros(len(used))
+        self._reduce_tensor(weight[used], grad, square, [row, sums[1]])
+        sums[0][used.numpy()] += row
+
+    def unused_rows(
+        self, name: str, start: int, used: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
+    ) -> torch.Tensor:
+        """Reduce those rows of a tied weight, from ``start`` on, that were never looked up; the places of the others.
+
+        x (S, T, in), dy (S, T, rows here). Returns the places, within these rows, of the ones looked up.
+        """
+        rows = dy.shape[-1]
+        looked_up = torch.zeros(rows, dtype=torch.bool)
+        looked_up[used[(used >= start) & (used < start + rows)] - start] = True
+        free = (~looked_up).nonzero()[:, 0]
+        if len(free):
+            row = np.zeros(len(free))
+            weight = self._scored(name)[start : start + rows]
+            self._reduce_linear(weight[free], x, dy[..., free], row, self.sums[name][1])
+            self.sums[name][0][start + free.numpy()] += row
+        return looked_up.nonzero()[:, 0]
+
+    def _reduce_tied(
+        self,
+        weight: torch.Tensor,
+        used: torch.Tensor,
+        x: torch.Tensor,
+        dy: torch.Tensor,
+        ids: torch.Tensor,
+        dlookup: torch.Tensor,
+        sums: list[np.ndarray],
+        step: int = 1024,
+    ) -> None:
+        """Rows that were both looked up and projected onto: the lookups are tokens with a one-hot ``dy``."""
+        inputs = torch.cat([x, dlookup.to(x.dtype)], 1)
+        for begin in range(0, len(used), step):
+            part = used[begin : begin + step]
+            one_hot = (ids[..., None] == part).to(dy.dtype)
+            row = np.zeros(len(part))
+            outputs = torch.cat([dy[..., begin : begin + step], one_hot], 1)
+            self._reduce_linear(weight[part], inputs, outputs, row, sums[1])
+            sums[0][part.numpy()] += row
+
+
+@dataclass
+class HeadRows:
+    """What :class:`llmprune.loss.FusedLoss` tells of the final projection, passed on to a reducer.
+
+    A weight tied to the embedding is reduced in two parts: rows no sample looked up at once, the others when the
+    embedding's own gradient is in.
+    """
+
+    reducer: Reducer
+    name: str
+    bias: torch.Tensor | None
+    _held: list[torch.Tensor] = field(default_factory=list)
+    _used: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Note which rows the embedding has looked up, if the weight is one."""
+        looked_up = self.reducer.ids.get(self.name)
+        if looked_up and not self.reducer.importance.additive:
+            self._used = torch.cat([ids.reshape(-1) for ids in looked_up]).unique()
+
+    def rows(self, start: int, stop: int, x: torch.Tensor, dy: torch.Tensor, y: torch.Tensor) -> None:
+        """Reduce rows ``start:stop``; see :class:`llmprune.loss.HeadUse`."""
+        reducer = self.reducer
+        if reducer.importance.additive:
+            reducer.linear_signed(self.name, x, x, dy, y, self.bias, False, count=False, start=start)
+            return
+        samples = reducer.samples
+        x, dy = x.view(samples, -1, x.shape[-1]), dy.view(samples, -1, dy.shape[-1])
+        if self._used is not None:
+            self._held.append(dy[..., reducer.unused_rows(self.name, start, self._used, x, dy)])
+            return
+        sums = reducer.sums[self.name]
+        reducer._reduce_linear(reducer._scored(self.name)[start:stop], x, dy, sums[0][start:stop], sums[1])
+
+    def inputs(self, x: torch.Tensor, dx: torch.Tensor) -> None:
+        """All rows are done; see :class:`llmprune.loss.HeadUse`."""
+        reducer = self.reducer
+        if reducer.importance.additive:
+            reducer._dots(x, dx, reducer.sums[self.name][1])
+            reducer._count(self.name)
+        elif self._used is not None:
+            samples = reducer.samples
+            reducer.linear(
+                self.name, x.view(samples, -1, x.shape[-1]), torch.cat(self._held, -1), rows=self._used
+            )
+        else:
+            pieces = reducer._pieces.setdefault(self.name, _Pieces())
+            pieces.count += 1
+            reducer._complete.add(self.name)
+            reducer.done(self.name)

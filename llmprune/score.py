@@ -1,0 +1,355 @@
+"""Scores: how much each coupled group matters, by one of the registered importances.
+
+``score`` gives every prunable axis of a graph one number per index, from a handful of calibration samples and with
+nothing the size of the model's gradients held (:mod:`llmprune.streaming`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from llmprune.calibration import LENGTH, SAMPLES, Batch, load_calibration
+from llmprune.errors import InputError
+from llmprune.importance import Importance, lookup
+from llmprune.loss import SampleLosses, UserLoss, config_value
+from llmprune.reduction import Reducer, Sums
+from llmprune.streaming import streamed_sums, undisturbed
+
+if TYPE_CHECKING:
+    from llmprune.graph import Axis, Graph
+
+log = logging.getLogger(__name__)
+
+Aggregate = Callable[[np.ndarray], np.ndarray]
+AGGREGATIONS: dict[str, Aggregate] = {
+    "sum": lambda members: members.sum(0),
+    "max": lambda members: members.max(0),
+    "product": lambda members: members.prod(0),
+    "last": lambda members: members[-1],
+}
+"""Name -> members' scores (members in execution order, axis size) to the group's (axis size,); Ma et al. 2023, sec. 3.2."""
+
+_FORMAT = "llmprune.scores/1"
+
+
+class Scores(Mapping[int, np.ndarray]):
+    """Axis id -> float64 scores, one per index of the axis; larger matters more. Ties go by index.
+
+    Attributes:
+        importance, aggregation, seed: What made them.
+        calibration_hash: sha256 of the calibration samples; None where none were used.
+        fingerprint: Of the graph they belong to.
+        kinds: Axis id -> kind of axis.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[int, np.ndarray],
+        *,
+        importance: str,
+        aggregation: str,
+        seed: int,
+        calibration_hash: str | None,
+        fingerprint: str,
+        kinds: Mapping[int, str],
+    ):
+        self._values = {int(axis): np.asarray(array, dtype=np.float64) for axis, array in values.items()}
+        self.importance, self.aggregation, self.seed = importance, aggregation, seed
+        self.calibration_hash, self.fingerprint, self.kinds = calibration_hash, fingerprint, dict(kinds)
+
+    def __getitem__(self, axis: int) -> np.ndarray:
+        """The scores of one axis, shape (axis size,)."""
+        return self._values[axis]
+
+    def __iter__(self) -> Iterator[int]:
+        """The axes' ids, in the graph's order."""
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        """How many axes are scored."""
+        return len(self._values)
+
+    def __str__(self) -> str:
+        """A table: per kind the number of axes and groups, and the least, median and greatest score."""
+        rows = [("kind", "axes", "groups", "least", "median", "greatest")]
+        for kind in dict.fromkeys(self.kinds[axis] for axis in self):
+            arrays = [self[axis] for axis in self if self.kinds[axis] == kind]
+            every = np.concatenate(arrays)
+            figures = [f"{f(every):.3e}" for f in (np.min, np.median, np.max)] if every.size else ["", "", ""]
+            rows.append((kind, str(len(arrays)), str(every.size), figures[0], figures[1], figures[2]))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [f"{self.importance}, {self.aggregation} over members, seed {self.seed}"]
+        for row in rows:
+            cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join(cells))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """A short form."""
+        return f"Scores({len(self)} axes, importance={self.importance!r}, aggregation={self.aggregation!r})"
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "importance": self.importance,
+            "aggregation": self.aggregation,
+            "seed": self.seed,
+            "calibration_hash": self.calibration_hash,
+            "fingerprint": self.fingerprint,
+            "kinds": {str(axis): kind for axis, kind in self.kinds.items()},
+        }
+
+    @classmethod
+    def _made(cls, header: Mapping[str, Any], values: Mapping[int, np.ndarray]) -> Scores:
+        if header.get("format") != _FORMAT:
+            raise InputError(
+                f"these are no scores of format {_FORMAT!r}: their format is {header.get('format')!r}"
+            )
+        return cls(
+            values,
+            importance=header["importance"],
+            aggregation=header["aggregation"],
+            seed=header["seed"],
+            calibration_hash=header["calibration_hash"],
+            fingerprint=header["fingerprint"],
+            kinds={int(axis): kind for axis, kind in header["kinds"].items()},
+        )
+
+    def to_json(self) -> str:
+        """JSON text that :meth:`from_json` reads back, bit for bit."""
+        return json.dumps({**self._header(), "values": {str(axis): self[axis].tolist() for axis in self}})
+
+    @classmethod
+    def from_json(cls, text: str) -> Scores:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            InputError: the text is something else.
+        """
+        try:
+            data = json.loads(text)
+            return cls._made(
+                data, {int(axis): np.array(v, dtype=np.float64) for axis, v in data["values"].items()}
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is not the JSON of scores: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``path``: .npz (compressed) or .json.
+
+        Raises:
+            InputError: the path ends otherwise.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(self.to_json(), encoding="utf-8")
+        elif path.suffix == ".npz":
+            header = np.array(json.dumps(self._header()))
+            arrays = {f"axis_{axis}": self[axis] for axis in self}
+            with path.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, header=header, **arrays)
+        else:
+            raise InputError(f"scores are saved as .npz or .json, not as {str(path)!r}")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """What :meth:`save` wrote.
+
+        Raises:
+            InputError: there is no such file, or it holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"scores file {str(path)!r} does not exist")
+        if path.suffix != ".npz":
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                header = json.loads(str(data["header"]))
+                values = {int(name[5:]): data[name] for name in data.files if name.startswith("axis_")}
+        except (KeyError, ValueError, OSError) as error:
+            raise InputError(f"{str(path)!r} holds no scores: {error}") from error
+        return cls._made(header, values)
+
+
+def score(
+    model: nn.Module,
+    graph: Graph,
+    calibration: Any = None,
+    importance: str = "element1",
+    aggregation: str = "sum",
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    loss: UserLoss | None = None,
+    quiet: bool | None = None,
+) -> Scores:
+    """Score every coupled group of every prunable axis.
+
+    With ``L_j`` the mean next-token loss of sample j and ``g_j`` its gradient, ``g`` is the mean of ``g_j`` over the
+    samples and ``s`` the mean of ``g_j ** 2``. A structure is one index of one dimension of one parameter; its
+    importance is one of :mod:`llmprune.importance` (Ma et al., LLM-Pruner, NeurIPS 2023). A member's score at an axis
+    index is the sum over its positions, and the group's aggregates its members'. Members on buffers carry no score.
+
+    The model is the same afterwards, also when this raises: no gradients, hooks or changed flags.
+
+    Args:
+        model: The traced model, with its weights, on the CPU.
+        graph: Its graph.
+        calibration: Token ids (samples x length), texts with ``tokenizer``, a path to .txt or .jsonl, or a mapping of
+            tensors; see :func:`llmprune.calibration.load_calibration`. Not needed for l1, l2 and random.
+        importance: vector, element1, element2, l1, l2, random, or one registered.
+        aggregation: sum, max, product, or last (the last member in execution order).
+        seed: For ``random``; the same seed gives the same scores.
+        tokenizer: For texts.
+        samples: How many samples to take from texts.
+        length: Their length in tokens.
+        loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
+        quiet: Show no progress bar; None shows one on a terminal only.
+
+    Raises:
+        InputError: an unknown importance or aggregation, the graph of another model, weights that are not finite, not
+            floating point or not loaded, a loss that does not apply.
+        CalibrationError: calibration data that cannot be used, or a sample whose loss is not finite.
+    """
+    rule = lookup(importance)
+    if aggregation not in AGGREGATIONS:
+        raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
+    axes = [axis for axis in graph.axes if axis.prunable]
+    parameters = _scored_parameters(model, graph, axes)
+    digest = None
+    if rule.order < 0:
+        values = {axis.id: np.random.default_rng((seed, axis.id)).random(axis.size) for axis in axes}
+    else:
+        _check_weights(parameters)
+        with tqdm(total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet) as bar:
+            if rule.order == 0:
+                sums = _weights_only(parameters, rule, lambda name: _tick(bar, name))
+            else:
+                batch = _calibration(model, calibration, tokenizer, samples, length, importance)
+                digest = batch.hash
+                sums = _streamed(model, batch, loss, parameters, rule, lambda name: _tick(bar, name))
+        values = _grouped(axes, sums, rule, aggregation)
+    return Scores(
+        values,
+        importance=importance,
+        aggregation=aggregation,
+        seed=seed,
+        calibration_hash=digest,
+        fingerprint=graph.fingerprint,
+        kinds={axis.id: axis.kind for axis in axes},
+    )
+
+
+def _tick(bar: tqdm[Any], name: str) -> None:
+    bar.set_postfix_str(name, refresh=False)
+    bar.update()
+
+
+def _scored_parameters(model: nn.Module, graph: Graph, axes: Sequence[Axis]) -> dict[str, nn.Parameter]:
+    """The parameters in which a prunable axis occurs, checked against the graph."""
+    own = dict(model.named_parameters())
+    for name, shape in graph.parameters.items():
+        if name not in own or tuple(own[name].shape) != tuple(shape):
+            found = f"has shape {tuple(own[name].shape)} there" if name in own else "is missing there"
+            raise InputError(
+                f"the graph is not of this {type(model).__name__}: its parameter {name} of shape {tuple(shape)} {found}; "
+                "trace the model you score"
+            )
+    wanted = dict.fromkeys(
+        m.parameter for axis in axes for m in axis.members if m.parameter in graph.parameters
+    )
+    return {name: own[name] for name in wanted}
+
+
+def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise InputError(
+                f"parameter {name} is on the meta device: load the model's weights before scoring"
+            )
+        if not parameter.is_floating_point():
+            raise InputError(
+                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, not floating point: packed "
+                "quantised weights cannot be scored; load the model in float32 or bfloat16"
+            )
+        if not parameter.numel():
+            continue
+        low, high = torch.aminmax(parameter.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            what = "NaN" if torch.isnan(low) or torch.isnan(high) else "infinite"
+            raise InputError(
+                f"parameter {name} holds {what} values: the checkpoint is damaged or was overflowed"
+            )
+
+
+def _calibration(
+    model: nn.Module, source: Any, tokenizer: Any, samples: int, length: int, importance: str
+) -> Batch:
+    if source is None:
+        raise InputError(f"importance {importance!r} needs calibration data: token ids, texts or a path")
+    batch = load_calibration(source, tokenizer, samples=samples, length=length, vocabulary=_vocabulary(model))
+    return batch.to(next(model.parameters()).device)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many token ids the model takes."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if callable(getter) else None
+    except NotImplementedError:
+        embedding = None
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings
+    size = config_value(model, "vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _weights_only(
+    parameters: Mapping[str, nn.Parameter], rule: Importance, progress: Callable[[str], None]
+) -> Sums:
+    reducer = Reducer(rule, parameters, 1, {}, progress)
+    for name in parameters:
+        reducer.whole(name, None)
+    return reducer.sums
+
+
+def _streamed(
+    model: nn.Module,
+    batch: Batch,
+    loss: UserLoss | None,
+    parameters: Mapping[str, nn.Parameter],
+    rule: Importance,
+    progress: Callable[[str], None],
+) -> Sums:
+    losses_of = SampleLosses(model, loss, batch)
+    with undisturbed(model):
+        return streamed_sums(model, batch, losses_of, parameters, rule, progress=progress)
+
+
+def _grouped(axes: Sequence[Axis], sums: Sums, rule: Importance, aggregation: str) -> dict[int, np.ndarray]:
+    """Members' structures to axes' scores."""
+    structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
+    scores = {}
+    for axis in axes:
+        rows = [
+            structures[member.parameter][member.dim][np.asarray(member.positions)]
+            .reshape(axis.size, -1)
+            .sum(1)
+            for member in axis.members
+            if member.parameter in structures
+        ]
+        scores[axis.id] = AGGREGATIONS[aggregation](np.stack(rows)) if rows else np.zeros(axis.size)
+    return scores
