@@ -1,0 +1,452 @@
+"""Plans: which indices of which axes go, what is left of every parameter, and which attributes change with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmprune.allocation import ALLOCATIONS, Budget, Candidate, layer_of, protected, rank, stacks
+from llmprune.closure import close
+from llmprune.equations import Attribute, System
+from llmprune.errors import InputError, PlanError
+
+if TYPE_CHECKING:
+    from llmprune.graph import Axis, Graph, MarkedOp
+
+Indices = npt.NDArray[np.int64]
+
+KINDS = (
+    "head",
+    "query",
+    "ffn",
+    "channel",
+    "expert",
+    "layer",
+    "head_dim",
+    "value_dim",
+    "rank",
+    "state",
+    "other",
+)
+"""Every kind an axis can have."""
+
+_FORMAT = 1
+
+
+def encode_indices(indices: Iterable[int]) -> str:
+    """Sorted non-negative integers as runs, ``"0-4,6,9-12"``."""
+    values = np.asarray(list(indices) if not isinstance(indices, np.ndarray) else indices, dtype=np.int64)
+    if not values.size:
+        return ""
+    breaks = np.flatnonzero(np.diff(values) != 1)
+    first, last = values[np.r_[0, breaks + 1]], values[np.r_[breaks, values.size - 1]]
+    return ",".join(
+        str(a) if a == b else f"{a}-{b}" for a, b in zip(first.tolist(), last.tolist(), strict=True)
+    )
+
+
+def decode_indices(text: str) -> Indices:
+    """The inverse of :func:`encode_indices`."""
+    runs = [part.partition("-") for part in text.split(",") if part]
+    parts = [np.arange(int(a), int(b or a) + 1, dtype=np.int64) for a, _, b in runs]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one pruning removes.
+
+    Attributes:
+        removed: axis id -> sorted removed indices, after closure over ties.
+        kept: canonical parameter or buffer name -> dimension -> sorted kept positions of the original; only what
+            changes.
+        attributes: module attributes that take a new value.
+        marked: operations that normalise over a removed axis (what :func:`llmprune.verify` must mask).
+        axes: axis id -> ``{"kind", "size", "removed"}`` for the axes in ``removed``, and ``"layer"`` where it has one.
+        parameters_before: parameters of the model (tied ones once).
+        parameters_after: parameters left.
+        fingerprint: of the traced model; a plan fits no other.
+        options: the arguments it was made with.
+    """
+
+    removed: dict[int, Indices]
+    kept: dict[str, dict[int, Indices]]
+    attributes: list[Attribute]
+    marked: list[MarkedOp]
+    axes: dict[int, dict[str, Any]]
+    parameters_before: int
+    parameters_after: int
+    fingerprint: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """The share of the model's parameters that goes."""
+        return 1.0 - self.parameters_after / self.parameters_before if self.parameters_before else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a JSON object; index lists as runs."""
+        return {
+            "format": _FORMAT,
+            "removed": {str(axis): encode_indices(indices) for axis, indices in self.removed.items()},
+            "kept": {
+                name: {str(dim): encode_indices(kept) for dim, kept in dims.items()}
+                for name, dims in self.kept.items()
+            },
+            "attributes": [asdict(attribute) for attribute in self.attributes],
+            "marked": [{**vars(op), "kept": encode_indices(op.kept)} for op in self.marked],
+            "axes": {str(axis): summary for axis, summary in self.axes.items()},
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "fingerprint": self.fingerprint,
+            "options": self.options,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            PlanError: the object is not a plan this version can read.
+        """
+        from llmprune.graph import MarkedOp
+
+        if data.get("format") != _FORMAT:
+            raise PlanError(f"this is no pruning plan of format {_FORMAT} (found {data.get('format')!r})")
+        try:
+            return cls(
+                removed={int(axis): decode_indices(text) for axis, text in data["removed"].items()},
+                kept={
+                    name: {int(dim): decode_indices(text) for dim, text in dims.items()}
+                    for name, dims in data["kept"].items()
+                },
+                attributes=[Attribute(**attribute) for attribute in data["attributes"]],
+                marked=[MarkedOp(**{**op, "kept": decode_indices(op["kept"])}) for op in data["marked"]],
+                axes={int(axis): dict(summary) for axis, summary in data["axes"].items()},
+                parameters_before=data["parameters_before"],
+                parameters_after=data["parameters_after"],
+                fingerprint=data["fingerprint"],
+                options=dict(data["options"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"this pruning plan is damaged ({type(error).__name__}: {error})") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; a crash leaves the old file or the new one, never half of one."""
+        target = Path(path)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+        ) as out:
+            try:
+                json.dump(self.to_json(), out)
+                out.flush()
+                os.fsync(out.fileno())
+                os.replace(out.name, target)
+            except BaseException:
+                os.unlink(out.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            PlanError: the file is not a plan.
+            OSError: the file cannot be read.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PlanError(f"{path} is no pruning plan: {error}") from error
+        if not isinstance(data, dict):
+            raise PlanError(f"{path} is no pruning plan: it holds a {type(data).__name__}")
+        return cls.from_json(data)
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_json() == other.to_json() if isinstance(other, Plan) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        """A table: per kind, how many axes lose how many of their groups."""
+        rows = [("kind", "axes", "groups", "removed", "share")]
+        for kind in sorted({summary["kind"] for summary in self.axes.values()}, key=_kind_order):
+            chosen = [summary for summary in self.axes.values() if summary["kind"] == kind]
+            groups, removed = sum(s["size"] for s in chosen), sum(s["removed"] for s in chosen)
+            rows.append((kind, str(len(chosen)), str(groups), str(removed), f"{removed / groups:.1%}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+            for row in rows
+        ]
+        lines.append(
+            f"parameters {self.parameters_before:,} -> {self.parameters_after:,} ({self.ratio:.2%} removed)"
+        )
+        return "\n".join(lines)
+
+
+def _kind_order(kind: str) -> tuple[int, str]:
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
+
+
+def plan(
+    graph: Graph,
+    scores: Mapping[int, npt.ArrayLike] | None = None,
+    ratio: float | Mapping[str, float] | None = None,
+    *,
+    removed: Mapping[int, Iterable[int]] | None = None,
+    kinds: Sequence[str] = ("head", "ffn"),
+    allocation: str = "uniform",
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    round_to: int = 1,
+    scope: str | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Choose what to remove.
+
+    Either ``ratio`` (with ``scores``) or ``removed`` is given. The choice is deterministic: equal scores go by index.
+
+    Args:
+        graph: the traced model.
+        scores: axis id -> float64 (axis.size,), lower goes first; of the same graph.
+        ratio: share of the whole model's parameters that is to go, in (0, 1), reached within one group's size (one
+            multiple of ``round_to``, for FFN axes). Or kind -> share of that kind's groups to remove in every layer,
+            rounded down; ``kinds`` and ``allocation`` then do not matter.
+        removed: axis id -> indices to remove. All of them go, and what their ties demand.
+        kinds: kinds of axes that may give.
+        allocation: ``uniform`` (every axis loses the same share) or ``global`` (ranked across layers and kinds by
+            normalised score; the formula is in :mod:`llmprune.allocation`).
+        protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32.
+        protect_last: layers left whole at its end; None scales the paper's 2 of 32.
+        round_to: kept FFN channels per layer must be a multiple of this.
+        scope: module path; only axes all of whose parameters lie under it may give.
+        seed: recorded in the plan; nothing here is random.
+
+    Returns:
+        The plan, closed over ties: it may remove more than asked where sizes are tied, and never fewer.
+
+    Raises:
+        InputError: an argument outside its domain.
+        PlanError: an impossible demand, a frozen axis, or scores of another model.
+    """
+    if (ratio is None) == (removed is None):
+        raise InputError("plan needs either a ratio (with scores) or explicit indices in removed, not both")
+    axes = {axis.id: axis for axis in graph.axes}
+    system = System(graph.axes, _sources(graph))
+    checked = _check_scores(graph, scores) if scores is not None else None
+    options: dict[str, Any] = {"seed": int(seed)}
+    for name in ("importance", "aggregation", "calibration_hash"):
+        value = getattr(scores, name, None)
+        if value is not None:
+            options[name] = value
+    if removed is not None:
+        wanted = _check_removed(axes, removed)
+    else:
+        assert ratio is not None
+        options |= {
+            "ratio": dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
+            "kinds": list(ratio) if isinstance(ratio, Mapping) else list(kinds),
+            "allocation": allocation,
+            "protect_first": protect_first,
+            "protect_last": protect_last,
+            "round_to": round_to,
+            "scope": scope,
+        }
+        if checked is None:
+            raise InputError(
+                "plan needs scores to choose by: llmprune.score(model, graph, calibration) makes them"
+            )
+        wanted = _choose(graph, system, checked, options)
+    counts, changed = close(system, {axis: len(indices) for axis, indices in wanted.items()})
+    final = {
+        axis: _extend(axes[axis], wanted.get(axis), count, None if checked is None else checked.get(axis))
+        for axis, count in sorted(counts.items())
+    }
+    return Plan(
+        removed=final,
+        kept=graph.kept(final),
+        attributes=[Attribute.of(leaf, system.old[leaf], new) for leaf, new in sorted(changed.items())],
+        marked=list(graph.marked_ops(final)),
+        axes=_summaries(graph, final),
+        parameters_before=graph.numel({}),
+        parameters_after=graph.numel(counts),
+        fingerprint=graph.fingerprint,
+        options=options,
+    )
+
+
+def _sources(graph: Graph) -> list[Any]:
+    """The graph, and the same model recorded under another form of attention where there is one."""
+    second = getattr(graph, "second", None)
+    return [graph] if second is None else [graph, second]
+
+
+def _describe(axis: Axis) -> str:
+    members = axis.members
+    place = f" of {members[0].parameter}" if members else ""
+    return f"axis {axis.id} ({axis.kind}, size {axis.size}{place})"
+
+
+def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> dict[int, npt.NDArray[np.float64]]:
+    fingerprint = getattr(scores, "fingerprint", None)
+    if fingerprint is not None and fingerprint != graph.fingerprint:
+        raise PlanError(
+            "these scores belong to another model or to this one before it was pruned: score it again"
+        )
+    axes = {axis.id: axis for axis in graph.axes}
+    out = {}
+    for key, value in scores.items():
+        if key not in axes:
+            raise PlanError(
+                f"the scores name axis {key}, which this graph does not have: score the same graph"
+            )
+        array = np.asarray(value, dtype=np.float64)
+        if array.shape != (axes[key].size,):
+            raise PlanError(f"{_describe(axes[key])} has scores of shape {array.shape}: score the same graph")
+        if not np.isfinite(array).all():
+            bad = int(np.flatnonzero(~np.isfinite(array))[0])
+            raise PlanError(f"{_describe(axes[key])} has a score that is not finite at index {bad}")
+        out[key] = array
+    return out
+
+
+def _check_removed(axes: Mapping[int, Axis], removed: Mapping[int, Iterable[int]]) -> dict[int, Indices]:
+    out = {}
+    for key, indices in removed.items():
+        if key not in axes:
+            raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}")
+        axis = axes[key]
+        values = np.asarray(list(indices))
+        if values.size == 0:
+            continue
+        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+            raise InputError(f"the removed indices of axis {key} must be integers")
+        values = np.unique(values.astype(np.int64))
+        if values[0] < 0 or values[-1] >= axis.size:
+            wrong = values[0] if values[0] < 0 else values[-1]
+            raise InputError(f"{_describe(axis)} has no index {wrong}")
+        if not axis.prunable:
+            raise PlanError(f"{_describe(axis)} is frozen: {'; '.join(axis.reasons) or 'it is not prunable'}")
+        if values.size == axis.size:
+            raise PlanError(f"{_describe(axis)} would lose every index: keep at least one")
+        out[key] = values
+    return out
+
+
+def _choose(
+    graph: Graph, system: System, scores: Mapping[int, npt.NDArray[np.float64]], options: Mapping[str, Any]
+) -> dict[int, Indices]:
+    """Axis id -> indices to remove for a ratio."""
+    ratio = options["ratio"]
+    _check_options(graph, options)
+    candidates = _candidates(graph, scores, options)
+    if isinstance(ratio, dict):
+        counts = {c.axis: c.share(ratio[c.kind]) for c in candidates}
+    else:
+        total = graph.numel({})
+        target = round(ratio * total)
+        counts = Budget(graph, system, candidates, options["allocation"]).solve(target)
+    order = {c.axis: rank(c.scores) for c in candidates if counts.get(c.axis)}
+    return {axis: np.sort(indices[: counts[axis]]) for axis, indices in order.items()}
+
+
+def _check_options(graph: Graph, options: Mapping[str, Any]) -> None:
+    ratio, kinds = options["ratio"], options["kinds"]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
+    if not kinds:
+        raise InputError(f"no kind of axis to prune was named: the kinds are {', '.join(KINDS)}")
+    if isinstance(ratio, dict):
+        for kind, share in ratio.items():
+            if not 0 <= share < 1:
+                raise InputError(f"the share of {kind} to remove must lie in [0, 1), not {share}")
+    elif not 0 < ratio < 1:
+        raise InputError(f"ratio must lie strictly between 0 and 1, not {ratio}")
+    if options["allocation"] not in ALLOCATIONS:
+        raise InputError(f"unknown allocation {options['allocation']!r}: there are {', '.join(ALLOCATIONS)}")
+    for name, least in (("protect_first", 0), ("protect_last", 0), ("round_to", 1)):
+        value = options[name]
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+    scope = options["scope"]
+    if scope and not any(_under(name, scope) for name in graph.parameters):
+        raise InputError(f"no parameter lies under the scope {scope!r}: give a module's path")
+
+
+def _candidates(
+    graph: Graph, scores: Mapping[int, npt.NDArray[np.float64]], options: Mapping[str, Any]
+) -> list[Candidate]:
+    """The axes that may give under the options, in order of id."""
+    kinds, scope = options["kinds"], options["scope"]
+    chosen = [axis for axis in graph.axes if axis.prunable and axis.kind in kinds and axis.size > 1]
+    missing = sorted(set(kinds) - {axis.kind for axis in chosen}, key=_kind_order)
+    if not chosen or (missing and isinstance(options["ratio"], dict)):
+        there = sorted({axis.kind for axis in graph.axes if axis.prunable}, key=_kind_order)
+        raise PlanError(
+            f"this model has no prunable axis of kind {' or '.join(missing)}: "
+            + (f"it has {', '.join(there)}" if there else "none of its axes is prunable")
+        )
+    known = stacks(list(graph.parameters))
+    out = []
+    for axis in chosen:
+        if scope and not all(_under(member.parameter, scope) for member in axis.members):
+            continue
+        layer = layer_of(axis.members, known)
+        if protected(layer, known, options["protect_first"], options["protect_last"]):
+            continue
+        if axis.id not in scores:
+            raise PlanError(
+                f"{_describe(axis)} has no scores: score the same graph, with this kind among its axes"
+            )
+        multiple = options["round_to"] if axis.kind == "ffn" else 1
+        out.append(Candidate(axis.id, axis.kind, axis.size, scores[axis.id], multiple))
+    if not out:
+        raise PlanError(
+            f"nothing of kind {' or '.join(kinds)} is left to prune, so the largest reachable ratio is 0: "
+            "protect fewer layers or widen the scope"
+        )
+    return out
+
+
+def _under(name: str, scope: str) -> bool:
+    return name == scope or name.startswith(scope + ".")
+
+
+def _extend(
+    axis: Axis, wanted: Indices | None, count: int, scores: npt.NDArray[np.float64] | None
+) -> Indices:
+    """``count`` indices of an axis: those asked for, then those of the lowest score (or index)."""
+    start = np.empty(0, dtype=np.int64) if wanted is None else wanted
+    if count == len(start):
+        return start
+    order = np.arange(axis.size, dtype=np.int64) if scores is None else rank(scores)
+    more = order[~np.isin(order, start)][: count - len(start)]
+    return np.sort(np.concatenate([start, more]))
+
+
+def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
+    known = stacks(list(graph.parameters))
+    axes = {axis.id: axis for axis in graph.axes}
+    out: dict[int, dict[str, Any]] = {}
+    for key, indices in removed.items():
+        axis = axes[key]
+        out[key] = {"kind": axis.kind, "size": axis.size, "removed": len(indices)}
+        layer = layer_of(axis.members, known)
+        if layer is not None:
+            out[key]["layer"] = ".".join(part for part in (layer[0], str(layer[1])) if part)
+    return out
