@@ -46,7 +46,7 @@ _REDUCTIONS = {
 _LAST_DIMS = {"native_layer_norm": 2, "layer_norm": 2, "rms_norm": 1, "_fused_rms_norm": 1}
 
 
-class KeptPositions(TorchDispatchMode):
+class KeptPositions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs a forward pass with the marked operations restricted to the positions a plan keeps.
 
     Args:
@@ -60,7 +60,7 @@ class KeptPositions(TorchDispatchMode):
     """
 
     def __init__(self, marked: Iterable[Any] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.done = 0
         self._marked: dict[tuple[str, int], list[Any]] = {}

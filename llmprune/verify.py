@@ -9,7 +9,8 @@ difference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from llmprune.compact import compacted_copy
 from llmprune.errors import InputError, LlmpruneError, VerificationError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.masked_ops import KeptPositions
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest error relative to the reference's largest output, by the dtype that was computed in.
@@ -95,6 +98,20 @@ def verify(model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None = None)
             not run; the message says by how much and in which module it begins.
         PlanError, TensorError: as :func:`llmprune.compact`.
     """
+    return compare(model, plan, inputs, lambda original: compacted_copy(original, plan))
+
+
+def compare(
+    model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None, pruned: Callable[[nn.Module], nn.Module]
+) -> Verification:
+    """Compare the masked reference with ``pruned(model)``; the dtypes and errors of :func:`verify`.
+
+    Args:
+        model: the original.
+        plan: ``kept`` and ``marked`` of a plan.
+        inputs: as for :func:`verify`.
+        pruned: gives the pruned model that belongs to the original (or to its widened copy, in the copy's dtype).
+    """
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise InputError("a model on the meta device has no values to verify: load its weights")
     if inputs is None:
@@ -102,23 +119,22 @@ def verify(model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None = None)
 
         inputs = example_inputs(model)
     dtype = _narrowest(model)
-    if dtype in (torch.bfloat16, torch.float16) and _fits(model, WIDER[dtype]):
-        return _verify_in(
-            copy.deepcopy(model).to(WIDER[dtype]), plan, _cast(inputs, WIDER[dtype]), WIDER[dtype]
-        )
-    try:
-        return _verify_in(model, plan, inputs, dtype)
-    except VerificationError:
-        if dtype is not torch.float32 or not _fits(model, torch.float64):
-            raise
-    return _verify_in(
-        copy.deepcopy(model).to(torch.float64), plan, _cast(inputs, torch.float64), torch.float64
-    )
+    wider = WIDER.get(dtype)
+    if wider is None or not _fits(model, wider):
+        return _compare_in(model, pruned(model), plan, inputs, dtype)
+    if dtype is torch.float32:
+        try:
+            return _compare_in(model, pruned(model), plan, inputs, dtype)
+        except VerificationError as error:
+            log.debug("comparing again in float64: %s", error)
+    copied = copy.deepcopy(model).to(wider)
+    return _compare_in(copied, pruned(copied), plan, _cast(inputs, wider), wider)
 
 
-def _verify_in(model: nn.Module, plan: Any, inputs: Mapping[str, Any], dtype: torch.dtype) -> Verification:
-    """:func:`verify` without a change of dtype."""
-    twin = compacted_copy(model, plan)
+def _compare_in(
+    model: nn.Module, twin: nn.Module, plan: Any, inputs: Mapping[str, Any], dtype: torch.dtype
+) -> Verification:
+    """Compare ``twin`` with the masked form of ``model``, both in ``dtype``."""
     tolerance = TOLERANCE.get(dtype, 1e-5)
     worst, worst_relative, worst_scale = 0.0, 0.0, 0.0
     names: tuple[str, ...] = ()

@@ -1,0 +1,275 @@
+"""The whole path in one call: trace, score, plan, verify, compact, and save if asked to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from llmprune.errors import InputError
+from llmprune.macs import count_macs, traced_tokens
+from llmprune.stages import Stage, Stages
+
+if TYPE_CHECKING:
+    from llmprune.plan import Plan
+    from llmprune.verify import Verification
+
+REPAIRS = ("auto", "none")
+"""Repairs of this version. ``auto`` is whatever the version does best, which is none so far."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model weighs.
+
+    Attributes:
+        parameters: parameters, tied ones once.
+        bytes: bytes of parameters and buffers, shared ones once.
+        macs: multiply-accumulates per token (per traced forward pass for a model without ``input_ids``).
+    """
+
+    parameters: int
+    bytes: int
+    macs: int
+
+
+@dataclass
+class Report:
+    """What :func:`prune` did; printed it is a table.
+
+    Attributes:
+        model: class name of the model.
+        before, after: its :class:`Size`.
+        ratio: what was asked for: a share of the parameters, or kind -> share of its groups.
+        plan: the :class:`llmprune.plan.Plan` that was applied.
+        verification: the comparison with the masked reference; None if it was switched off.
+        stages: wall time and peak memory, in order.
+        importance, aggregation, seed: how groups were scored.
+        calibration_hash: sha256 of the calibration samples; None where the importance needs none.
+        notes: what the recording had to do besides the ordinary.
+        output: where the checkpoint lies; None if none was written.
+        perplexity: before and after, if it was measured.
+        generation: prompt, and continuation before and after, if asked for.
+    """
+
+    model: str
+    before: Size
+    after: Size
+    ratio: float | dict[str, float]
+    plan: Plan
+    verification: Verification | None
+    stages: list[Stage]
+    importance: str
+    aggregation: str
+    seed: int
+    calibration_hash: str | None
+    notes: list[str] = field(default_factory=list)
+    output: str | None = None
+    perplexity: tuple[float, float] | None = None
+    generation: tuple[str, str, str] | None = None
+
+    @property
+    def removed(self) -> float:
+        """The share of the parameters that went."""
+        return 1 - self.after.parameters / self.before.parameters
+
+    def __str__(self) -> str:
+        from llmprune.report import render
+
+        return render(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON object; of the plan its summary (the plan itself is saved with the checkpoint)."""
+        return {
+            "model": self.model,
+            "ratio": {"asked": self.ratio, "parameters": self.removed},
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "axes": [{"axis": axis, **summary} for axis, summary in self.plan.axes.items()],
+            "importance": self.importance,
+            "aggregation": self.aggregation,
+            "seed": self.seed,
+            "calibration_hash": self.calibration_hash,
+            "options": self.plan.options,
+            "verification": None if self.verification is None else self.verification.to_json(),
+            "perplexity": None
+            if self.perplexity is None
+            else dict(zip(("before", "after"), self.perplexity, strict=True)),
+            "generation": None
+            if self.generation is None
+            else dict(zip(("prompt", "before", "after"), self.generation, strict=True)),
+            "stages": [asdict(stage) for stage in self.stages],
+            "notes": self.notes,
+            "output": self.output,
+        }
+
+
+def prune(
+    model: nn.Module,
+    tokenizer: Any = None,
+    ratio: float | Mapping[str, float] = 0.2,
+    calibration: Any = None,
+    importance: str = "element1",
+    aggregation: str = "sum",
+    *,
+    kinds: Sequence[str] = ("head", "ffn"),
+    allocation: str = "uniform",
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    round_to: int = 1,
+    scope: str | None = None,
+    seed: int = 0,
+    inputs: Mapping[str, Any] | None = None,
+    repair: str = "auto",
+    repair_calibration: Any = None,
+    verify: bool = True,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    quiet: bool | None = None,
+    stages: Stages | None = None,
+) -> Report:
+    """Prune ``model`` in place and, with ``output``, save it.
+
+    Nothing is cut and nothing is written before the plan has been verified on a small input. Up to then an error or
+    Ctrl-C leaves the model as it was; from then on see :func:`llmprune.compact`.
+
+    Args:
+        model: any model that :func:`llmprune.trace` can trace, with its weights.
+        tokenizer: for calibration texts, and saved with the model.
+        ratio: share of the parameters to remove, or kind -> share of that kind's groups in every layer.
+        calibration: as for :func:`llmprune.score`; not needed for ``l1``, ``l2`` and ``random``.
+        importance: ``vector``, ``element1``, ``element2``, ``l1``, ``l2`` or ``random``.
+        aggregation: ``sum``, ``max``, ``product`` or ``last``, over the members of a group.
+        kinds: kinds of axes that may give.
+        allocation: ``uniform`` or ``global``.
+        protect_first: layers left whole at the start; None scales the paper's 4 of 32.
+        protect_last: layers left whole at the end; None scales the paper's 2 of 32.
+        round_to: kept FFN channels per layer are a multiple of this.
+        scope: module path; only what lies under it may give.
+        seed: of the importance ``random``.
+        inputs: as for :func:`llmprune.trace`.
+        repair: ``none``, or ``auto`` for the best this version has, which is none as well. (Least squares, ``ls``,
+            comes with a later version.)
+        repair_calibration: calibration of the repair; without a repair there is nothing to calibrate.
+        verify: whether to compare with the masked reference first.
+        output: folder to write; it must not exist unless ``overwrite``.
+        overwrite: whether ``output`` may be replaced.
+        quiet: show no progress; None shows it on a terminal only.
+        stages: an existing stage clock to add to.
+
+    Returns:
+        A :class:`Report`.
+
+    Raises:
+        InputError: an argument outside its domain.
+        LlmpruneError: what the single steps raise.
+    """
+    from llmprune.compact import compact
+    from llmprune.plan import plan as make_plan
+    from llmprune.score import score
+    from llmprune.trace import trace
+    from llmprune.verify import verify as verify_plan
+
+    check_options(repair, repair_calibration, output, overwrite)
+    clock = Stages(announcer(quiet)) if stages is None else stages
+    bytes_before = model_bytes(model)
+    with clock.stage("trace", "recording one forward pass"):
+        graph = trace(model, inputs)
+    with clock.stage("score", f"scoring coupled groups by {importance}"):
+        scores = score(
+            model, graph, calibration, importance, aggregation, seed=seed, tokenizer=tokenizer, quiet=quiet
+        )
+    with clock.stage("plan", "choosing what to remove"):
+        plan = make_plan(
+            graph,
+            scores,
+            ratio,
+            kinds=kinds,
+            allocation=allocation,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            round_to=round_to,
+            scope=scope,
+            seed=seed,
+        )
+    verification = None
+    if verify:
+        with clock.stage("verify", "comparing with the masked reference"):
+            verification = verify_plan(model, plan, inputs)
+    tokens = traced_tokens(graph) or 1
+    before = Size(plan.parameters_before, bytes_before, count_macs(graph) // tokens)
+    macs = count_macs(graph, plan.removed) // tokens
+    with clock.stage("compact", "taking the slices out"):
+        compact(model, plan)
+    report = Report(
+        model=type(model).__name__,
+        before=before,
+        after=Size(sum(p.numel() for p in model.parameters()), model_bytes(model), macs),
+        ratio=dict(ratio) if isinstance(ratio, Mapping) else ratio,
+        plan=plan,
+        verification=verification,
+        stages=clock.done,
+        importance=importance,
+        aggregation=aggregation,
+        seed=seed,
+        calibration_hash=scores.calibration_hash,
+        notes=list(graph.tape.notes),
+    )
+    if output is not None:
+        save(model, report, tokenizer, output, overwrite, clock)
+    return report
+
+
+def save(
+    model: nn.Module, report: Report, tokenizer: Any, output: str | Path, overwrite: bool, clock: Stages
+) -> None:
+    """Write the pruned model as a stage of its own and note the place in the report."""
+    from llmprune.checkpoint import save_pretrained
+
+    with clock.stage("save", f"writing {output}"):
+        save_pretrained(model, output, tokenizer=tokenizer, overwrite=overwrite)
+    report.output = str(output)
+
+
+def check_options(
+    repair: str = "none",
+    repair_calibration: Any = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Refuse before any work what would be refused after it.
+
+    Raises:
+        InputError: an unknown or future repair, or an output that exists and may not be replaced.
+    """
+    if repair == "ls":
+        raise InputError(
+            "repair='ls' (least squares) arrives with a later version of llmprune: use 'none' or 'auto'"
+        )
+    if repair not in REPAIRS:
+        raise InputError(f"unknown repair {repair!r}: this version has {' and '.join(REPAIRS)}")
+    if repair_calibration is not None:
+        raise InputError("repair_calibration is given, but this version has no repair that could use it")
+    if output is not None and Path(output).exists() and not overwrite:
+        raise InputError(f"{output} exists: choose another output folder or pass overwrite (--overwrite)")
+
+
+def announcer(quiet: bool | None) -> Any:
+    """What says on stderr which stage has begun; None if nothing is to be said."""
+    if quiet or (quiet is None and not sys.stderr.isatty()):
+        return None
+
+    def announce(name: str, doing: str) -> None:
+        print(f"{name}: {doing}" if doing else name, file=sys.stderr, flush=True)
+
+    return announce
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -1,0 +1,135 @@
+"""Tables for people: what a pruning did, and what axes a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmprune.prune import Report
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Rows as aligned columns: the first to the left, the others to the right; the first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    lines.insert(1, indent + "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+def quantity(value: float) -> str:
+    """A count with a decimal prefix: 1.35 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def memory(value: float) -> str:
+    """Bytes with a binary prefix: 3.1 MiB."""
+    for power, suffix in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if value >= 1024**power:
+            return f"{value / 1024**power:.1f} {suffix}"
+    return f"{value:.0f} B"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def render(report: Report) -> str:
+    """The closing table of a pruning."""
+    before, after = report.before, report.after
+    rows = [
+        ["", "before", "after", "change"],
+        [
+            "parameters",
+            f"{before.parameters:,}",
+            f"{after.parameters:,}",
+            _change(before.parameters, after.parameters),
+        ],
+        ["MACs per token", quantity(before.macs), quantity(after.macs), _change(before.macs, after.macs)],
+        ["size", memory(before.bytes), memory(after.bytes), _change(before.bytes, after.bytes)],
+    ]
+    if report.perplexity is not None:
+        dense, pruned = report.perplexity
+        rows.append(["perplexity", f"{dense:.2f}", f"{pruned:.2f}", _change(dense, pruned)])
+    kinds: dict[str, list[int]] = {}
+    for summary in report.plan.axes.values():
+        counts = kinds.setdefault(summary["kind"], [0, 0, 0])
+        for i, value in enumerate((1, summary["size"], summary["removed"])):
+            counts[i] += value
+    groups = [["groups", "axes", "of", "removed", "share"]]
+    groups += [
+        [kind, str(n), str(size), str(gone), f"{gone / size:.1%}"] for kind, (n, size, gone) in kinds.items()
+    ]
+    stages = [["stage", "seconds", "peak memory"]]
+    stages += [[stage.name, f"{stage.seconds:.2f}", memory(stage.peak)] for stage in report.stages]
+    parts = [
+        f"{report.model} pruned by {report.importance} ({report.aggregation}): {report.removed:.2%} of its parameters "
+        f"removed, {_asked(report.ratio)} asked",
+        table(rows),
+        table(groups),
+        table(stages),
+    ]
+    if report.generation is not None:
+        prompt, first, last = report.generation
+        parts.append(f"before: {prompt}{first}\nafter:  {prompt}{last}")
+    verified = "not verified" if report.verification is None else f"verified: {report.verification}"
+    closing = [*report.notes, verified]
+    if report.output is not None:
+        closing.append(f"checkpoint: {report.output}")
+    parts.append("\n".join(closing))
+    return "\n\n".join(parts)
+
+
+def _asked(ratio: float | dict[str, float]) -> str:
+    if isinstance(ratio, dict):
+        return ", ".join(f"{share:.0%} of {kind}" for kind, share in ratio.items())
+    return f"{ratio:.2%}"
+
+
+def axes_summary(graph: Any) -> list[dict[str, Any]]:
+    """Per kind of prunable axis: how many, their sizes, how many are marked, and the share of parameters they reach."""
+    total = graph.numel({})
+    out: dict[str, dict[str, Any]] = {}
+    for axis in graph.axes:
+        if not axis.prunable:
+            continue
+        entry = out.setdefault(
+            axis.kind, {"kind": axis.kind, "axes": 0, "groups": 0, "sizes": [], "marked": 0, "parameters": 0}
+        )
+        entry["axes"] += 1
+        entry["groups"] += axis.size
+        entry["marked"] += bool(axis.marks)
+        entry["sizes"] = sorted({*entry["sizes"], axis.size})
+        if axis.size > 1:
+            entry["parameters"] += (total - graph.numel({axis.id: 1})) * axis.size
+    return list(out.values())
+
+
+def render_axes(graph: Any, frozen: bool) -> str:
+    """The table of ``llmprune trace``."""
+    total = graph.numel({})
+    rows = [["kind", "axes", "groups", "sizes", "marked", "parameters"]]
+    for entry in axes_summary(graph):
+        sizes = entry["sizes"]
+        span = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+        share = f"{entry['parameters'] / total:.1%}"
+        rows.append(
+            [entry["kind"], str(entry["axes"]), str(entry["groups"]), span, str(entry["marked"]), share]
+        )
+    fixed = [axis for axis in graph.axes if not axis.prunable]
+    lines = [
+        table(rows),
+        f"{total:,} parameters; {len(fixed)} axes frozen{'' if frozen else ' (--frozen lists them)'}",
+    ]
+    if frozen:
+        for axis in fixed:
+            place = f" in {axis.members[0].parameter}" if axis.members else ""
+            lines.append(f"  axis {axis.id}, size {axis.size}{place}: {'; '.join(axis.reasons)}")
+    lines += [f"note: {note}" for note in graph.tape.notes]
+    return "\n".join(lines)
