@@ -1,0 +1,144 @@
+"""Borrow a model for a trace and give it back exactly as it was.
+
+While borrowed, a model is in evaluation mode, its parameters and buffers may be stand-ins on the meta device, its integer
+attributes are provenance integers and each module has configs of its own. Only the modules' ``__dict__`` entries are
+swapped: no weight is copied or written, no hook is left, and everything returns on exit, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmprune.provenance import SizeMode
+
+_INTERNAL = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to the attributes of ``model``'s modules inside, they are restored on exit.
+
+    Covers every module's attributes, one level into its own dicts, lists and sets (parameters, buffers, submodules and
+    hooks among them), and the random states of torch, NumPy and Python.
+    """
+    # remove_duplicate matters not: a module met twice is saved once.
+    saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    inner = [
+        (value, value.copy())
+        for _, attributes in saved
+        for value in attributes.values()
+        if isinstance(value, (dict, list, set)) and type(value).__module__ in ("builtins", "collections")
+    ]
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        for attributes, before in saved:
+            attributes.clear()
+            attributes.update(before)
+        for container, before_copy in inner:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(before_copy)
+            else:
+                container.update(before_copy)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if device_states:
+            torch.cuda.set_rng_state_all(device_states)
+
+
+def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An empty tensor with the sizes, strides, type and (if a parameter) class of ``tensor`` on ``device``."""
+    twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+
+
+def substitute_tensors(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put ``replace(tensor)`` in the place of every parameter and buffer (inside :func:`borrowed`)."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = replace(tensor)
+
+
+def substitute_integers(model: nn.Module, mode: SizeMode, config_changes: Mapping[str, Any]) -> None:
+    """Give every module provenance integers and configs of its own (inside :func:`borrowed`).
+
+    Args:
+        model: the borrowed model.
+        mode: where the integers report to.
+        config_changes: settings of the copied configs during the trace, for the fields they have.
+    """
+    for path, module in model.named_modules():
+        attributes = module.__dict__
+        copies: dict[int, Any] = {}
+        for name, value in list(attributes.items()):
+            if name in _INTERNAL:
+                continue
+            kind = type(value)
+            if kind is int:
+                attributes[name] = mode.attribute(value, path, name)
+            elif kind is tuple or kind is list or kind is torch.Size:
+                if any(type(item) is int for item in value):
+                    attributes[name] = _sequence(value, mode, path, name)
+            elif is_config(value):
+                attributes[name] = _config(value, mode, path, name, config_changes, copies)
+
+
+def is_config(value: Any) -> bool:
+    """Whether an attribute holds settings: a transformers config, a dataclass instance or a namespace."""
+    if isinstance(value, (nn.Module, torch.Tensor, type)) or not hasattr(value, "__dict__"):
+        return False
+    if isinstance(value, SimpleNamespace):
+        return True
+    if dataclasses.is_dataclass(value):
+        return True
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+def _sequence(value: Any, mode: SizeMode, path: str, name: str) -> Any:
+    items = [
+        mode.attribute(item, path, f"{name}[{place}]") if type(item) is int else item
+        for place, item in enumerate(value)
+    ]
+    return type(value)(items)
+
+
+def _config(
+    config: Any, mode: SizeMode, path: str, name: str, changes: Mapping[str, Any], copies: dict[int, Any]
+) -> Any:
+    """A shallow copy of a config with provenance integers, nested configs included."""
+    if id(config) in copies:
+        return copies[id(config)]
+    twin = object.__new__(type(config))
+    copies[id(config)] = twin
+    fields = twin.__dict__
+    fields.update(config.__dict__)
+    for key, value in config.__dict__.items():
+        kind = type(value)
+        if kind is int:
+            fields[key] = mode.attribute(value, path, f"{name}.{key}")
+        elif kind is tuple or kind is list:
+            if any(type(item) is int for item in value):
+                fields[key] = _sequence(value, mode, path, f"{name}.{key}")
+        elif kind is str or kind is float or kind is bool or value is None:
+            continue
+        elif is_config(value):
+            fields[key] = _config(value, mode, path, f"{name}.{key}", changes, copies)
+    for key, value in changes.items():
+        if key in fields or hasattr(type(config), key):  # a field or a property: a setting this config knows
+            setattr(twin, key, value)
+    return twin

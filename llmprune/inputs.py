@@ -1,0 +1,1 @@
+def example_inputs(model): raise NotImplementedError

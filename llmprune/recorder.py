@@ -1,0 +1,502 @@
+"""The recorder: a dispatch mode that writes every ATen operation of a forward pass onto a tape.
+
+On the meta device nothing is computed, so a forward pass of any size is a matter of milliseconds; but models look at
+small integer tensors (is this mask all ones? how long is the longest sequence?). Such tensors get a *shadow*: a real
+tensor on the CPU that is computed alongside, for every operation whose tensor arguments all have one, and that answers
+the questions that need values.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmprune.tape import (
+    BOOL,
+    BOOLS,
+    FLOAT,
+    INT,
+    INTS,
+    MUTATES,
+    NONE,
+    OTHER,
+    POINTWISE,
+    TENSOR,
+    TENSORS,
+    Tape,
+)
+
+SHADOW_LIMIT = 1 << 20
+"""Largest shadow kept, in elements."""
+
+_META = torch.device("meta")
+_CPU = torch.device("cpu")
+_PURGE_EVERY = 64  # operations between two sweeps for dead tensors (real device only)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What the schema of an ATen overload says, looked up once per trace."""
+
+    name: str
+    flags: int
+    names: tuple[str, ...]
+    defaults: tuple[tuple[int, ...], ...]
+    views: tuple[int, ...]  # for each return: index of the argument it aliases, or -1
+    mutated: tuple[int, ...]  # indices of the arguments written to
+    dynamic: bool  # output sizes or values depend on data
+
+    def argument(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """An argument by its place in the schema; None where it is left to its default."""
+        return args[place] if place < len(args) else kwargs.get(self.names[place])
+
+
+def _dtype_class(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "f"
+    if dtype.is_complex:
+        return "c"
+    return "b" if dtype is torch.bool else "i"
+
+
+class Recorder(TorchDispatchMode):
+    """Records onto ``tape`` while active.
+
+    Args:
+        tape: receives tensors and operations.
+        meta: whether the pass runs on meta tensors with shadows (else on the model's own device).
+        scope: () -> index into ``tape.scopes`` of the module that is running.
+    """
+
+    def __init__(self, tape: Tape, meta: bool, scope: Callable[[], int]) -> None:
+        super().__init__()
+        self.tape = tape
+        self.meta = meta
+        self.scope = scope
+        self.last = ""  # the operation being executed
+        self._ids: dict[int, int] = {}  # id(tensor) -> tensor id, while the tensor is in _alive
+        self._alive: list[torch.Tensor] = []
+        self._shadows: dict[int, torch.Tensor] = {}
+        self._shadowed: dict[int, list[int]] = {}  # storage id -> tensor ids that have a shadow
+        self._twins: dict[int, torch.Tensor] = {}  # tensor id of a CPU tensor -> its meta twin
+        self._paused = False
+        self._storages: dict[int, int] = {}  # storage pointer of a tensor from outside -> storage id
+        self._storage_count = 0
+        self._operators: dict[Any, Operator] = {}
+        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # storage id -> (tensor, value before)
+        self._outside: dict[int, torch.Tensor] = {}  # storage id -> real tensor that is not ours to change
+
+    # Tensors -----------------------------------------------------------------------------------------------------
+
+    def tensor_id(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor; one not met before is a constant from outside the recorded operations."""
+        tid = self._ids.get(id(tensor))
+        return self.adopt(tensor, "constant", "") if tid is None else tid
+
+    def numbered(self, tensor: torch.Tensor) -> int:
+        """The number of a tensor, or -1 if it was never met."""
+        return self._ids.get(id(tensor), -1)
+
+    def adopt(
+        self, tensor: torch.Tensor, role: str, name: str, shadow: torch.Tensor | None = None, key: Any = None
+    ) -> int:
+        """Number a tensor that no recorded operation made.
+
+        Args:
+            tensor: the tensor the model will use.
+            role: ``parameter``, ``buffer``, ``input`` or ``constant``.
+            name: canonical name.
+            shadow: its value (CPU), if known and worth keeping.
+            key: what identifies its storage, where that is not its own (a stand-in for tensors that share one).
+        """
+        if key is None:
+            key = tensor.untyped_storage()._cdata
+        storage = self._storages.get(key)
+        if storage is None:
+            storage = self._storages[key] = self._new_storage()
+        tid = self._number(tensor, storage, role, name)
+        if not tensor.is_meta and role != "input":
+            self._outside.setdefault(storage, tensor)
+        if shadow is None and self.meta and not tensor.is_meta and tensor.numel() <= SHADOW_LIMIT:
+            with self.paused():
+                shadow = tensor.detach().to(_CPU, copy=True)
+        if shadow is not None:
+            self._know(tid, shadow)
+        return tid
+
+    def constant(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A constant the model made from Python numbers, on ``device`` (meta, with its value as shadow)."""
+        if not (self.meta and device.type == "meta"):
+            with self.paused():
+                value = value.to(device)
+            self.adopt(value, "constant", "")
+            return value
+        with self.paused():
+            twin = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=_META)
+        self.adopt(twin, "constant", "", shadow=value)
+        return twin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Operations inside run as they are and are not recorded."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def shadow(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The value of a meta tensor, where known."""
+        return self._shadows.get(self._ids.get(id(tensor), -1))
+
+    def undo_writes(self) -> None:
+        """Write back what parameters and buffers held before the pass wrote into them (real device)."""
+        for tensor, before in self._originals.values():
+            tensor.detach().copy_(before)
+        self._originals.clear()
+
+    def _new_storage(self) -> int:
+        self._storage_count += 1
+        return self._storage_count - 1
+
+    def _number(self, tensor: torch.Tensor, storage: int, role: str, name: str) -> int:
+        tensors = self.tape.tensors
+        tid = len(tensors)
+        tensors.append([list(tensor.shape), _dtype_class(tensor.dtype), storage, role, name])
+        self._ids[id(tensor)] = tid
+        self._alive.append(tensor)
+        return tid
+
+    def _purge(self) -> None:
+        """Let go of values that nothing but this recorder holds."""
+        kept = []
+        tensors, ids = self.tape.tensors, self._ids
+        while self._alive:
+            tensor = self._alive.pop()
+            # Held by the variable here and the call's argument only, and by no C++ code.
+            unused = sys.getrefcount(tensor) == 2 and tensor._use_count() == 1
+            if unused and tensors[ids[id(tensor)]][3] == "value":
+                del ids[id(tensor)]
+            else:
+                kept.append(tensor)
+        self._alive = kept[::-1]
+
+    def _know(self, tid: int, shadow: torch.Tensor) -> None:
+        self._shadows[tid] = shadow
+        self._shadowed.setdefault(self.tape.tensors[tid][2], []).append(tid)
+
+    # Operations --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation and write it down."""
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        operator = self.operator(func)
+        self.last = operator.name
+        code, tids, tensors = self._encode(operator, args, kwargs)
+        shadows: list[torch.Tensor | None] | None = None
+        if self.meta:
+            out, shadows = self._run_meta(func, operator, args, kwargs, tids, tensors)
+        else:
+            if operator.mutated:
+                self._save_original(operator, args, kwargs)
+            out = func(*args, **kwargs)
+        outputs = self._write(operator, code, args, kwargs, out)
+        if shadows is not None:
+            for tid, shadow in zip(outputs, shadows, strict=True):
+                if shadow is not None and tid >= 0 and tid not in self._shadows:
+                    self._know(tid, shadow)
+        if not self.meta and len(self.tape.ops) % _PURGE_EVERY == 0:
+            self._purge()
+        return out
+
+    def operator(self, func: Any) -> Operator:
+        """The schema of an overload, read once."""
+        operator = self._operators.get(func)
+        if operator is None:
+            operator = self._operators[func] = read_schema(func)
+        return operator
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:
+        """Write down an operation that was run elsewhere, as if it had been ``func``."""
+        operator = self.operator(func)
+        self._write(operator, self._encode(operator, args, kwargs)[0], args, kwargs, out)
+
+    def _encode(
+        self, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[int], list[int], list[torch.Tensor]]:
+        """The arguments in schema order as tagged integers; the ids of the tensors among them; these tensors."""
+        code: list[int] = []
+        tids: list[int] = []
+        tensors: list[torch.Tensor] = []
+        ids = self._ids
+        given = len(args)
+        for place, name in enumerate(operator.names):
+            if place < given:
+                value = args[place]
+            elif name in kwargs:
+                value = kwargs[name]
+            else:
+                code += operator.defaults[place]
+                continue
+            if isinstance(value, torch.Tensor):
+                tid = ids.get(id(value))
+                if tid is None:
+                    tid = self.adopt(value, "constant", "")
+                code += (TENSOR, tid)
+                tids.append(tid)
+                tensors.append(value)
+            elif type(value) is int:
+                code += (INT, value)
+            elif isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
+                code += (TENSORS, len(value))
+                for item in value:
+                    tid = -1
+                    if item is not None:
+                        tid = self.tensor_id(item)
+                        tids.append(tid)
+                        tensors.append(item)
+                    code.append(tid)
+            else:
+                code += encode_plain(value)
+        return code, tids, tensors
+
+    def _write(
+        self, operator: Operator, code: list[int], args: Sequence[Any], kwargs: dict[str, Any], out: Any
+    ) -> list[int]:
+        """Put an executed operation on the tape; the ids of its results."""
+        outputs: list[int] = []
+        if isinstance(out, torch.Tensor):
+            outputs.append(self._result(out, operator, 0, 0, args, kwargs))
+        elif isinstance(out, (tuple, list)):
+            for place, item in enumerate(out):
+                if isinstance(item, torch.Tensor):
+                    outputs.append(self._result(item, operator, place, place, args, kwargs))
+                elif isinstance(item, (tuple, list)):
+                    parts = enumerate(item)
+                    outputs.extend(self._result(part, operator, place, nth, args, kwargs) for nth, part in parts)
+                else:
+                    outputs.append(-1)
+        elif out is not None:
+            outputs.append(-1)
+        elif operator.mutated:
+            for place in operator.mutated:
+                outputs.extend(self._ids[id(item)] for item in _each(operator.argument(place, args, kwargs)))
+        self.tape.ops.append([operator.name, operator.flags, code, outputs, self.scope()])
+        return outputs
+
+    def _result(
+        self, tensor: torch.Tensor, operator: Operator, place: int, nth: int, args: Any, kwargs: dict[str, Any]
+    ) -> int:
+        tid = self._ids.get(id(tensor))
+        if tid is not None:
+            return tid  # written in place, or an argument handed back
+        source = operator.views[min(place, len(operator.views) - 1)]
+        if source < 0:
+            return self._number(tensor, self._new_storage(), "value", "")
+        base = operator.argument(source, args, kwargs)
+        if isinstance(base, (list, tuple)):
+            base = base[nth]
+        return self._number(tensor, self.tape.tensors[self._ids[id(base)]][2], "value", "")
+
+    def _save_original(self, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Before a write into a parameter's or buffer's storage: keep what it held."""
+        for place in operator.mutated:
+            for item in _each(operator.argument(place, args, kwargs)):
+                storage = self.tape.tensors[self._ids[id(item)]][2]
+                owner = self._outside.get(storage)
+                if owner is not None and storage not in self._originals:
+                    self._originals[storage] = (owner, owner.detach().clone())
+
+    # On meta -----------------------------------------------------------------------------------------------------
+
+    def _run_meta(
+        self,
+        func: Any,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tids: list[int],
+        tensors: list[torch.Tensor],
+    ) -> tuple[Any, list[torch.Tensor | None] | None]:
+        """Run an operation on meta tensors and, where all of them have one, on their shadows.
+
+        Returns:
+            The result, and the shadows of its tensors in order (None: it has none).
+        """
+        known = True
+        for tid in tids:
+            if tid not in self._shadows:
+                known = False
+                break
+        device = kwargs.get("device")
+        on_meta = [tensor.is_meta for tensor in tensors]
+        if not any(on_meta) and (device is None or device.type != "meta"):
+            if operator.mutated:
+                self._save_original(operator, args, kwargs)
+            out = func(*args, **kwargs)
+            return out, list(_tensors(out))  # all on the CPU: each is its own shadow
+        if device is not None and device.type != "meta" and tensors:
+            if known and operator.name == "aten::_to_copy":
+                out = func(self._real(args[0]), **kwargs)  # asked for the values: here they are
+                return out, [out]
+            kwargs = {**kwargs, "device": _META}
+        if operator.dynamic:
+            return self._run_dynamic(func, operator, args, kwargs, known)
+        if not all(on_meta):
+            args, kwargs = _replace(args, self._twin), {k: _replace(v, self._twin) for k, v in kwargs.items()}
+        if not known:
+            if operator.mutated:
+                self._forget(operator, args, kwargs)
+            return func(*args, **kwargs), None
+        try:
+            out = func(*args, **kwargs)
+        except NotImplementedError:  # no meta kernel: the values tell the sizes
+            real = self._run_real(func, args, kwargs)
+            return _replace(real, self._as_meta), list(_tensors(real))
+        if sum(tensor.numel() for tensor in _tensors(out)) > SHADOW_LIMIT:
+            if operator.mutated:
+                self._forget(operator, args, kwargs)
+            return out, None
+        real = self._run_real(func, args, kwargs)
+        if operator.name.startswith(("aten::empty", "aten::new_empty")):
+            real.zero_()
+        return out, list(_tensors(real))
+
+    def _run_dynamic(
+        self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool
+    ) -> tuple[Any, list[torch.Tensor | None] | None]:
+        """Run an operation whose result's sizes, or whose result, depend on values."""
+        if known:
+            real = self._run_real(func, args, kwargs)
+            return _replace(real, self._as_meta), list(_tensors(real))
+        if operator.name == "aten::index":
+            indices: list[torch.Tensor | None] = []
+            for index in args[1]:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    indices.extend(self._as_meta(part) for part in self._real(index).nonzero(as_tuple=True))
+                else:
+                    indices.append(index if index is None else self._twin(index))
+            return func(self._twin(args[0]), indices), None
+        if operator.name == "aten::masked_select":
+            mask = self._real(args[1])
+            shape = torch.broadcast_shapes(args[0].shape, mask.shape)
+            return args[0].new_empty(int(mask.expand(shape).sum())), None
+        raise DataDependentError(f"{operator.name} depends on computed values")
+
+    def _run_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on the shadows."""
+        if kwargs:
+            kwargs = {k: _CPU if k == "device" else _replace(v, self._real) for k, v in kwargs.items()}
+        return func(*_replace(args, self._real), **kwargs)
+
+    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            original = self._ids.get(id(tensor))
+            return tensor if original is None else self._shadows.get(original, tensor)
+        shadow = self.shadow(tensor)
+        if shadow is None:
+            raise DataDependentError("the values of a computed tensor are asked for")
+        return shadow
+
+    def _as_meta(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on meta, under the same number."""
+        if tensor.is_meta:
+            return tensor
+        tid = self._ids[id(tensor)]
+        twin = self._twins.get(tid)
+        if twin is None:
+            twin = self._twins[tid] = self._as_meta(tensor)
+            self._ids[id(twin)] = tid
+        return twin
+
+    def _forget(self, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Something unknown is written: everything on that storage loses its shadow."""
+        for place in operator.mutated:
+            for item in _each(operator.argument(place, args, kwargs)):
+                for tid in self._shadowed.pop(self.tape.tensors[self._ids[id(item)]][2], ()):
+                    self._shadows.pop(tid, None)
+
+
+class DataDependentError(RuntimeError):
+    """The forward pass asks for values that are not known on the meta device."""
+
+
+def read_schema(func: Any) -> Operator:
+    """What the tape needs to know of an overload."""
+    schema = func._schema
+    names = tuple(argument.name for argument in schema.arguments)
+    defaults = tuple(
+        tuple(encode_plain(argument.default_value if argument.has_default_value() else None))
+        for argument in schema.arguments
+    )
+    sets = [argument.alias_info for argument in schema.arguments]
+    views = tuple(
+        -1
+        if ret.alias_info is None
+        else next((place for place, info in enumerate(sets) if info and info.before_set & ret.alias_info.before_set), -1)
+        for ret in schema.returns
+    )
+    mutated = tuple(place for place, info in enumerate(sets) if info is not None and info.is_write)
+    flags = (POINTWISE if torch.Tag.pointwise in func.tags else 0) | (MUTATES if mutated else 0)
+    dynamic = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+    return Operator(schema.name, flags, names, defaults, views, mutated, dynamic)
+
+
+def encode_plain(value: Any) -> Sequence[int]:
+    """An argument that is no tensor as a tag and its payload."""
+    if value is None:
+        return (NONE,)
+    if isinstance(value, bool):
+        return (BOOL, int(value))
+    if isinstance(value, int):
+        return (INT, int(value))
+    if isinstance(value, float):
+        return (FLOAT, struct.unpack("<q", struct.pack("<d", value))[0])
+    if isinstance(value, (list, tuple)):
+        if all(isinstance(item, bool) for item in value) and value:
+            return (BOOLS, len(value), *map(int, value))
+        if all(isinstance(item, int) for item in value):
+            return (INTS, len(value), *map(int, value))
+        if all(item is None for item in value):
+            return (TENSORS, len(value), *(-1 for _ in value))
+    return (OTHER,)
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+
+
+def _replace(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with every tensor in it (one list or tuple deep, as in ATen schemas) changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_replace(item, change) for item in value])
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor | None]:
+    """The results of an operation in the order of its outputs on the tape."""
+    if isinstance(value, torch.Tensor) or not isinstance(value, (list, tuple)):
+        if value is not None:
+            yield value if isinstance(value, torch.Tensor) else None
+        return
+    for item in value:
+        if isinstance(item, (list, tuple)):
+            yield from item
+        else:
+            yield item if isinstance(item, torch.Tensor) else None
