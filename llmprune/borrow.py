@@ -1,8 +1,9 @@
 """Borrow a model for a trace and give it back exactly as it was.
 
-While borrowed, a model is in evaluation mode, its parameters and buffers may be stand-ins on the meta device, its integer
-attributes are provenance integers and each module has configs of its own. Only the modules' ``__dict__`` entries are
-swapped: no weight is copied or written, no hook is left, and everything returns on exit, whatever happened inside.
+While borrowed, a model is in evaluation mode, its parameters and buffers may be stand-ins on the meta device, its
+integer attributes are provenance integers and each module has configs of its own. Only the modules' ``__dict__``
+entries are swapped: no weight is copied or written, no hook is left, and everything returns on exit, whatever
+happened inside.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         for value in attributes.values()
         if isinstance(value, (dict, list, set)) and type(value).__module__ in ("builtins", "collections")
     ]
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -62,7 +63,10 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """An empty tensor with the sizes, strides, type and (if a parameter) class of ``tensor`` on ``device``."""
     twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    # requires_grad decides which kernels matmul chooses, even where no gradient is recorded
+    return (
+        nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    )
 
 
 def substitute_tensors(model: nn.Module, replace: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -71,7 +75,7 @@ def substitute_tensors(model: nn.Module, replace: Callable[[torch.Tensor], torch
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
-                    table[name] = replace(tensor)
+                    table[name] = replace(tensor)  # type: ignore[assignment]
 
 
 def substitute_integers(model: nn.Module, mode: SizeMode, config_changes: Mapping[str, Any]) -> None:

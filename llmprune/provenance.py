@@ -1,12 +1,12 @@
 """Where integers come from: sizes that a forward pass reads from module attributes, configs and shapes.
 
-ATen sees ``view(2, 7, 12, 64)``; after pruning we must know that 12 was ``attn.num_heads``. While a model is traced, every
-integer attribute of its modules and every size read from a tensor is a :class:`PInt`, an ``int`` that remembers its origin
-through arithmetic; :class:`SizeMode` sees the functions that make or view tensors and notes, for each size argument with
-a known origin, an equation *origin = size of that dimension of the result*.
+ATen sees ``view(2, 7, 12, 64)``; after pruning we must know that 12 was ``attn.num_heads``. While a model is traced,
+every integer attribute of its modules and every size read from a tensor is a :class:`PInt`, an ``int`` that remembers
+its origin through arithmetic; :class:`SizeMode` sees the functions that make or view tensors and notes, for each size
+argument with a known origin, an equation *origin = size of that dimension of the result*.
 
-Origins are trees: an ``int``, ``("attr", module path, name)``, ``("shape", tensor id, dim)``, ``(op, a, b)`` with ``op`` one
-of ``+ - * // % max min``, or ``("neg", a)``.
+Origins are trees: an ``int``, ``("attr", module path, name)``, ``("shape", tensor id, dim)``, ``(op, a, b)`` with
+``op`` one of ``+ - * // % max min``, or ``("neg", a)``.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class SizeMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func`` and note the equations its size arguments give."""
-        if func is _SHAPE_GET:
+        if func == _SHAPE_GET:  # a method wrapper: equal, never identical
             return self.shape(args[0])
         kwargs = kwargs or {}
         override = self.overrides.get(func)
@@ -254,7 +254,9 @@ def _flat(args: Sequence[Any], kwargs: Mapping[str, Any], *keys: str) -> Sequenc
     return args[0] if isinstance(args[0], (tuple, list)) else args
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, key: str, default: Any = None) -> Any:
+def _argument(
+    args: Sequence[Any], kwargs: Mapping[str, Any], place: int, key: str, default: Any = None
+) -> Any:
     return args[place] if len(args) > place else kwargs.get(key, default)
 
 
@@ -278,7 +280,17 @@ def _len(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, A
     return None  # len() accepts exact ints only
 
 
-@_handles("view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full", "as_strided")
+@_handles(
+    "view",
+    "reshape",
+    "expand",
+    "broadcast_to",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "as_strided",
+)
 def _sizes_after_tensor(
     mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
 ) -> Any:
@@ -290,7 +302,11 @@ def _sizes_after_tensor(
         if source is None:
             source = ("shape", mode.tensor_id(args[0]))
         # The same leading dimension of the same tensor says nothing.
-        if size.tree[:2] == source and size.tree[2] == dim and args[0].shape[: dim + 1] == out.shape[: dim + 1]:
+        if (
+            size.tree[:2] == source
+            and size.tree[2] == dim
+            and args[0].shape[: dim + 1] == out.shape[: dim + 1]
+        ):
             continue
         mode.equate(out, dim, size, where)
 
@@ -342,7 +358,7 @@ def _split(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str,
 
 @_handles("chunk")
 def _chunk(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
-    count = args[1] if len(args) > 1 else next((kwargs[k] for k in ("chunks", "indices_or_sections") if k in kwargs), None)
+    count = args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("indices_or_sections"))
     if not isinstance(count, int) or not out:
         return
     dim = _argument(args, kwargs, 2, "dim", 0) % args[0].dim()
@@ -468,6 +484,8 @@ def _slice_size(whole: Any, start: Any, stop: Any) -> Any:
 
 
 # Functions whose integer arguments name dimensions or leave sizes alone: nothing to note.
-@_handles("transpose", "permute", "unsqueeze", "squeeze", "flatten", "softmax", "dim", "stride", "is_contiguous")
+@_handles(
+    "transpose", "permute", "unsqueeze", "squeeze", "flatten", "softmax", "dim", "stride", "is_contiguous"
+)
 def _nothing(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
     return None

@@ -90,7 +90,9 @@ class Recorder(TorchDispatchMode):
         self._storages: dict[int, int] = {}  # storage pointer of a tensor from outside -> storage id
         self._storage_count = 0
         self._operators: dict[Any, Operator] = {}
-        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # storage id -> (tensor, value before)
+        self._originals: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # storage id -> (tensor, value before)
         self._outside: dict[int, torch.Tensor] = {}  # storage id -> real tensor that is not ours to change
 
     # Tensors -----------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class Recorder(TorchDispatchMode):
         while self._alive:
             tensor = self._alive.pop()
             # Held by the variable here and the call's argument only, and by no C++ code.
-            unused = sys.getrefcount(tensor) == 2 and tensor._use_count() == 1
+            unused = sys.getrefcount(tensor) == 2 and tensor._use_count() == 1  # type: ignore[attr-defined]
             if unused and tensors[ids[id(tensor)]][3] == "value":
                 del ids[id(tensor)]
             else:
@@ -202,6 +204,8 @@ class Recorder(TorchDispatchMode):
         if self._paused:
             return func(*args, **kwargs)
         operator = self.operator(func)
+        if operator.name == "aten::lift_fresh":  # a constant comes in as it is; adopted where it is used
+            return func(*args, **kwargs)
         self.last = operator.name
         code, tids, tensors = self._encode(operator, args, kwargs)
         shadows: list[torch.Tensor | None] | None = None
@@ -284,7 +288,9 @@ class Recorder(TorchDispatchMode):
                     outputs.append(self._result(item, operator, place, place, args, kwargs))
                 elif isinstance(item, (tuple, list)):
                     parts = enumerate(item)
-                    outputs.extend(self._result(part, operator, place, nth, args, kwargs) for nth, part in parts)
+                    outputs.extend(
+                        self._result(part, operator, place, nth, args, kwargs) for nth, part in parts
+                    )
                 else:
                     outputs.append(-1)
         elif out is not None:
@@ -296,7 +302,13 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def _result(
-        self, tensor: torch.Tensor, operator: Operator, place: int, nth: int, args: Any, kwargs: dict[str, Any]
+        self,
+        tensor: torch.Tensor,
+        operator: Operator,
+        place: int,
+        nth: int,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> int:
         tid = self._ids.get(id(tensor))
         if tid is not None:
@@ -340,6 +352,9 @@ class Recorder(TorchDispatchMode):
                 known = False
                 break
         device = kwargs.get("device")
+        if not tensors and "device" in operator.names:  # a model is on one device, which is meta for now
+            kwargs = {**kwargs, "device": _META}
+            device = _META
         on_meta = [tensor.is_meta for tensor in tensors]
         if not any(on_meta) and (device is None or device.type != "meta"):
             if operator.mutated:
@@ -364,7 +379,7 @@ class Recorder(TorchDispatchMode):
         except NotImplementedError:  # no meta kernel: the values tell the sizes
             real = self._run_real(func, args, kwargs)
             return _replace(real, self._as_meta), list(_tensors(real))
-        if sum(tensor.numel() for tensor in _tensors(out)) > SHADOW_LIMIT:
+        if sum(tensor.numel() for tensor in _tensors(out) if tensor is not None) > SHADOW_LIMIT:
             if operator.mutated:
                 self._forget(operator, args, kwargs)
             return out, None
@@ -390,7 +405,7 @@ class Recorder(TorchDispatchMode):
             return func(self._twin(args[0]), indices), None
         if operator.name == "aten::masked_select":
             mask = self._real(args[1])
-            shape = torch.broadcast_shapes(args[0].shape, mask.shape)
+            shape = torch.broadcast_shapes(args[0].shape, mask.shape)  # type: ignore[no-untyped-call]
             return args[0].new_empty(int(mask.expand(shape).sum())), None
         raise DataDependentError(f"{operator.name} depends on computed values")
 
@@ -445,9 +460,16 @@ def read_schema(func: Any) -> Operator:
     )
     sets = [argument.alias_info for argument in schema.arguments]
     views = tuple(
-        -1
-        if ret.alias_info is None
-        else next((place for place, info in enumerate(sets) if info and info.before_set & ret.alias_info.before_set), -1)
+        next(
+            (
+                place
+                for place, info in enumerate(sets)
+                if info and info.before_set & ret.alias_info.before_set
+            ),
+            -1,
+        )
+        if ret.alias_info
+        else -1
         for ret in schema.returns
     )
     mutated = tuple(place for place, info in enumerate(sets) if info is not None and info.is_write)

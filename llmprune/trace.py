@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,15 @@ from llmprune.provenance import SizeMode
 from llmprune.recorder import SHADOW_LIMIT, DataDependentError, Recorder
 from llmprune.tape import Tape
 
+if TYPE_CHECKING:
+    from llmprune.graph import Graph
+
 _META = torch.device("meta")
 
 
-def record(model: nn.Module, inputs: Any = None, *, device_mode: str = "auto", attention: str | None = None) -> Tape:
+def record(
+    model: nn.Module, inputs: Any = None, *, device_mode: str = "auto", attention: str | None = None
+) -> Tape:
     """Run ``model`` forward once and write down every operation.
 
     Args:
@@ -41,7 +46,9 @@ def record(model: nn.Module, inputs: Any = None, *, device_mode: str = "auto", a
     keywords = bind_inputs(model, example_inputs(model) if inputs is None else inputs)
     tied = any(parameter.is_meta for parameter in model.parameters())
     if device_mode == "real" and tied:
-        raise TraceError("the model is on the meta device and cannot run with real values; load its weights first")
+        raise TraceError(
+            "the model is on the meta device and cannot run with real values; load its weights first"
+        )
     if device_mode != "real":
         try:
             return _Recording(model, keywords, True, attention).run()
@@ -88,7 +95,9 @@ def find_outputs(result: Any) -> list[torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, Mapping):
-        logits = [value for key, value in result.items() if "logits" in key and isinstance(value, torch.Tensor)]
+        logits = [
+            value for key, value in result.items() if "logits" in key and isinstance(value, torch.Tensor)
+        ]
         if logits:
             return logits
         last = result.get("last_hidden_state")
@@ -108,6 +117,24 @@ def _leaves(value: Any) -> Iterator[torch.Tensor]:
             yield from _leaves(item)
 
 
+def trace(model: nn.Module, inputs: Any = None) -> Graph:
+    """Find out which slices of which tensors of ``model`` live and die together.
+
+    Runs the forward pass once, on the meta device where that will do, and changes nothing about the model.
+
+    Args:
+        model: any module whose forward pass is made of torch operations; its weights may be on any device, meta included.
+        inputs: keyword arguments for ``model.forward`` (tensors of any device); None: made from the model's config.
+
+    Raises:
+        TraceError: the model cannot be traced; says at which operation, module and line.
+        InputError: the inputs do not fit, or none could be made.
+    """
+    from llmprune.graph import Graph
+
+    return Graph.from_tape(record(model, inputs), model)
+
+
 class _Recording:
     """One recorded forward pass over one model."""
 
@@ -123,7 +150,9 @@ class _Recording:
         if attention is not None:
             self.changes["_attn_implementation"] = attention
         self.tape = Tape(model=type(model).__name__, device_mode="meta" if meta else "real")
-        self.tape.attention = attention or getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+        self.tape.attention = (
+            attention or getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+        )
         self.paths: dict[int, int] = {}  # id(module) -> scope
         for path, module in model.named_modules():
             self.paths[id(module)] = len(self.tape.scopes)
@@ -182,10 +211,12 @@ class _Recording:
             substitute_tensors(model, lambda tensor: replace(tensor, "buffer", ""))
         substitute_integers(model, self.sizes, self.changes)
         overrides = self.sizes.overrides
-        overrides[torch.tensor] = overrides[torch.as_tensor] = overrides[torch.Tensor.new_tensor] = self._constant
+        overrides[torch.tensor] = overrides[torch.as_tensor] = overrides[torch.Tensor.new_tensor] = (
+            self._constant
+        )
         overrides[F.scaled_dot_product_attention] = self._attention
-        if self.meta:
-            overrides[torch.Tensor.tolist] = overrides[torch.Tensor.numpy] = self._values
+        overrides[torch.Tensor.tolist] = overrides[torch.Tensor.numpy] = self._values
+        overrides[torch.Tensor.__repr__] = overrides[torch.Tensor.__format__] = self._unrecorded
 
     def _forward(self) -> None:
         """The recorded pass itself."""
@@ -198,7 +229,9 @@ class _Recording:
         known = self.recorder.numbered
         self.tape.outputs = [known(tensor) for tensor in find_outputs(result) if known(tensor) >= 0]
         if not self.tape.outputs:
-            raise TraceError(f"the forward pass of {self.tape.model} returned no tensor that an operation made")
+            raise TraceError(
+                f"the forward pass of {self.tape.model} returned no tensor that an operation made"
+            )
 
     def _input(self, value: Any, name: str) -> Any:
         """An input on the device of the pass, numbered."""
@@ -248,14 +281,29 @@ class _Recording:
             kwargs.setdefault("dtype", args[0].dtype)
             func, args = torch.tensor, args[1:]
         device = torch.get_default_device() if device is None else torch.device(device)
+        if self.meta:
+            device = _META
+        args = tuple(self._known(value) for value in args)
         with self.recorder.paused():
-            value = func(*args, **kwargs, device="cpu")
+            value = func(*args, **{key: self._known(value) for key, value in kwargs.items()}, device="cpu")
         return self.recorder.constant(value, device)
+
+    def _known(self, value: Any) -> Any:
+        """Nested data with the meta tensors in it replaced by their values."""
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            shadow = self.recorder.shadow(value)
+            if shadow is None:
+                raise DataDependentError("a constant is made from a computed tensor")
+            return shadow
+        if type(value) in (list, tuple):
+            return type(value)(self._known(item) for item in value)
+        return value
 
     def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Fused attention as the one operation it is, whichever kernels a device would choose."""
         with self.recorder.paused():
             query, _, value = _named(args, kwargs, ("query", "key", "value"))
+            out: torch.Tensor
             if self.meta:
                 out = query.new_empty((*query.shape[:-1], value.shape[-1]))
             else:
@@ -273,6 +321,11 @@ class _Recording:
                 raise DataDependentError(f"Tensor.{func.__name__} of a computed tensor")
         with self.recorder.paused():
             return func(tensor, *args[1:], **kwargs)
+
+    def _unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Printing is no part of the forward pass."""
+        with self.recorder.paused():
+            return func(*args, **kwargs)
 
     # Afterwards
 
@@ -315,7 +368,7 @@ def _constant_tree(tree: Any, tensors: list[list[Any]]) -> bool:
     if tree[0] == "attr":
         return False
     if tree[0] == "shape":
-        return tensors[tree[1]][3] == "input"
+        return bool(tensors[tree[1]][3] == "input")
     return all(_constant_tree(part, tensors) for part in tree[1:])
 
 
