@@ -195,7 +195,7 @@ class Budget:
         return steps
 
     def _follow(self, target: int) -> Indices:
-        """The longest part of the merged sequence that fits; in uniform allocation whole rounds of equal shares only."""
+        """The longest part of the merged sequence that fits; uniform: in whole rounds of equal shares."""
         offsets = np.concatenate([[0], np.cumsum([len(k) for k in self._keys])]).astype(np.int64)
         sequence = np.empty(offsets[-1], dtype=np.int64)
         _core.merge(np.concatenate([np.empty(0), *self._keys]), offsets, sequence)

@@ -15,6 +15,7 @@ from llmprune.equations import Leaf, Lower, Shrink, System
 from llmprune.errors import PlanError
 
 _ATTEMPTS = 32
+_Preference = tuple[bool, int, float, int]
 
 
 def close(system: System, removed: Mapping[int, int]) -> tuple[dict[int, int], dict[Leaf, int]]:
@@ -100,26 +101,26 @@ class _Closure:
         """Remove the fewest indices of one axis that bring a dimension down to the bound (or one, if balanced)."""
         if self._size(move) <= move.bound:  # an earlier move did it already
             return
-        options = []
+        options: list[tuple[_Preference, int, int]] = []
         for axis in self.system.axes_of(move.leaf):
             if not self.system.axes[axis].prunable or (move.leaf, axis) in self.banned:
                 continue
             count = self._count(move, axis)
             if count is not None:
-                options.append(self._option(move, axis, count))
+                options.append((self._preference(move, axis, count), axis, count))
         if not options:
             raise PlanError(_in_the_way(self.system, self.counts, move))
-        *_, axis, count = min(options)
+        _, axis, count = min(options)
         if len(options) > 1:
             self.choices.append((move.leaf, axis))
         self.counts[axis] = count
 
-    def _option(self, move: Shrink, axis: int, count: int) -> tuple[float, ...]:
-        """A way to shrink, sortable by preference, ending in the axis and its new count."""
+    def _preference(self, move: Shrink, axis: int, count: int) -> _Preference:
+        """How good a way to shrink it is: the lowest goes."""
         after = self._size(move, axis, count)
         share = self.counts.get(axis, 0) / self.system.axes[axis].size if self.balanced else 0.0
         short = after > move.bound and not self.balanced
-        return short, max(0, move.bound - after), share, self.system.degree(axis), axis, count
+        return short, max(0, move.bound - after), share, self.system.degree(axis)
 
     def _size(self, move: Shrink, axis: int | None = None, count: int = 0) -> int:
         return self.system.size(move.leaf, self.counts if axis is None else {**self.counts, axis: count})

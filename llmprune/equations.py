@@ -206,8 +206,8 @@ def intersect(a: Domain, b: Domain) -> Domain:
 def invert(tree: Any, leaf: Leaf, target: Domain, values: Mapping[Leaf, int], source: int = 0) -> Domain:
     """Every integer that ``leaf`` may be for the tree's value to lie in ``target``, the other leaves as in ``values``.
 
-    Exact where the leaf occurs once and not under ``%`` or as a divisor of a negative number; elsewhere the integers
-    from 0 to twice the larger of the old value and the target (at most 65536) are tried one by one.
+    Exact for non-negative integers where the leaf occurs once, not under ``%`` and not within a compound divisor;
+    elsewhere the integers from 0 to twice the larger of the old value and the target (at most 65536) are tried.
     """
     occurrences = sum(_leaf_of(node, source) == leaf for node in _walk(tree))
     domain = _invert_once(tree, leaf, target, values, source) if occurrences == 1 else None
@@ -240,6 +240,8 @@ def _invert_once(
             tree, target = tree[1], [(-hi, -lo) for lo, hi in reversed(target)]
             continue
         left = not isinstance(tree[1], int) and any(_leaf_of(n, source) == leaf for n in _walk(tree[1]))
+        if op == "//" and not left and tree[2][0] not in ("attr", "shape"):
+            return None  # the divisor's sign is not known
         try:
             known = evaluate(tree[2] if left else tree[1], values, source)
         except ZeroDivisionError:

@@ -69,22 +69,26 @@ def test_the_ratio_is_met_within_one_group(
     total = g.numel({})
     reach = total - g.numel({a: g.axes[a].size - 1 for a in axes})
     target = ratio * total
-    try:
-        p = PLAN(g, scored(g, seed), ratio, allocation=allocation, protect_first=0, protect_last=0)
-    except PlanError as error:
-        assert target > reach
-        assert f"{reach / total:.4f}" in str(error)
+    arguments = {"allocation": allocation, "protect_first": 0, "protect_last": 0}
+    if target > reach + largest_group(g, axes):
+        with pytest.raises(PlanError, match=f"{reach / total:.4f}"):
+            PLAN(g, scored(g, seed), ratio, **arguments)
         return
-    assert p.parameters_before == total
-    assert p.parameters_after == g.numel({a: len(i) for a, i in p.removed.items()})
-    smallest = min(total - g.numel({a: 1}) for a in axes)
-    if target < reach - smallest:
-        # Small groups fill what large ones leave, unless every small one is gone already.
-        full = all(len(p.removed.get(a, [])) == g.axes[a].size - 1 for a in g.ffn)
-        allowed = largest_group(g, axes) if full else max(total - g.numel({a: 1}) for a in g.ffn)
-        assert abs((p.parameters_before - p.parameters_after) - target) <= allowed + 1
+    if target > reach:  # less than one group short: either answer is right
+        return
+    p = PLAN(g, scored(g, seed), ratio, **arguments)
+    counts = {a: len(i) for a, i in p.removed.items()}
+    assert (p.parameters_before, p.parameters_after) == (total, g.numel(counts))
     assert p.ratio == 1 - p.parameters_after / total
-    assert all(0 < len(i) < g.axes[a].size for a, i in p.removed.items())
+    assert all(0 < n < g.axes[a].size for a, n in counts.items())
+
+    def freed(axis: int, by: int) -> int:
+        return total - g.numel({**counts, axis: counts.get(axis, 0) + by})
+
+    if total - p.parameters_after <= target:
+        assert all(freed(a, 1) > target - 1 for a in axes if counts.get(a, 0) < g.axes[a].size - 1)
+    else:
+        assert any(freed(a, -1) <= target for a in counts)
 
 
 def test_the_lowest_scores_go_and_ties_go_by_index() -> None:
@@ -109,8 +113,8 @@ def test_global_spares_the_layers_that_matter() -> None:
     scores = {axis.id: np.ones(axis.size) for axis in g.axes}
     scores[g.ffn[2]] *= 1000
     p = PLAN(g, scores, 0.2, kinds=("ffn",), allocation="global", protect_first=0, protect_last=0)
-    assert g.ffn[2] not in p.removed
-    assert p.removed and set(p.removed) <= {g.ffn[0], g.ffn[1], g.ffn[3]}
+    assert len(p.removed) > 0
+    assert set(p.removed) <= {g.ffn[0], g.ffn[1], g.ffn[3]}
 
 
 def test_global_does_not_depend_on_the_scale_of_a_kind() -> None:

@@ -60,7 +60,7 @@ def test_the_closure_adds_the_lowest_scores_or_else_the_lowest_indices() -> None
 def test_removing_nothing_is_an_empty_plan() -> None:
     g = decoder()
     p = PLAN(g, removed={g.ffn[0]: []})
-    assert p.removed == {} and p.kept == {} and p.ratio == 0
+    assert (p.removed, p.kept, p.ratio) == ({}, {}, 0.0)
     assert PLAN(g, removed={}) == p
 
 
@@ -126,8 +126,10 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_table_says_what_goes() -> None:
-    text = str(made())
-    lines = text.splitlines()
+    p = made()
+    lines = str(p).splitlines()
     assert lines[0].split() == ["kind", "axes", "groups", "removed", "share"]
     assert [line.split()[0] for line in lines[1:-1]] == ["head", "query", "ffn"]
-    assert "removed)" in lines[-1] and "parameters" in lines[-1]
+    assert (
+        lines[-1] == f"parameters {p.parameters_before:,} -> {p.parameters_after:,} ({p.ratio:.2%} removed)"
+    )
