@@ -8,10 +8,12 @@ operation over the kept positions only. :class:`KeptPositions` does that, to ope
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmprune.errors import VerificationError
@@ -63,6 +65,7 @@ class KeptPositions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
         self.done = 0
+        self.paused = False
         self._marked: dict[tuple[str, int], list[Any]] = {}
         for op in marked:
             self._marked.setdefault((op.name, op.nth), []).append(op)
@@ -76,6 +79,8 @@ class KeptPositions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Count the operation and run it, over the kept positions if it is a marked one."""
+        if self.paused:
+            return func(*args, **(kwargs or {}))
         name = func._schema.name
         ops = self._marked.get((name, self.counts[name]))
         self.counts[name] += 1
@@ -92,6 +97,33 @@ class KeptPositions(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     f"dimension {op.dim}, but met {found}: verify with inputs like those of the trace"
                 )
         return _restricted(func, arguments, ops)
+
+
+class _FusedAttention(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Leaves fused attention out of the count, as a trace does: which operations it is made of varies by device."""
+
+    def __init__(self, counting: KeptPositions) -> None:
+        super().__init__()
+        self._counting = counting
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, uncounted if it is fused attention."""
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self._counting.paused = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._counting.paused = False
+
+
+@contextmanager
+def kept_positions(marked: Iterable[Any]) -> Iterator[KeptPositions]:
+    """:class:`KeptPositions` with operations numbered as a trace numbers them."""
+    with KeptPositions(marked) as mode, _FusedAttention(mode):
+        yield mode
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

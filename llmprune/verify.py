@@ -9,6 +9,7 @@ difference.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmprune.borrow import is_config
 from llmprune.compact import compacted_copy
 from llmprune.errors import InputError, LlmpruneError, VerificationError
 from llmprune.interrupts import deferred_interrupts
-from llmprune.masked_ops import KeptPositions
+from llmprune.masked_ops import KeptPositions, kept_positions
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +40,6 @@ WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.floa
 WIDEN_LIMIT = 4 << 30
 """Bytes that the widened copies of a model may take."""
 
-PRINCIPAL = ("logits", "logits_per_image", "last_hidden_state")
-"""Outputs of which one must be comparable, in this order; a model with none of them is judged by its first output."""
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -49,7 +48,7 @@ class Verification:
     Attributes:
         max_error: largest absolute difference of any output element.
         relative_error: the same over ``scale``.
-        scale: largest absolute value of the principal output of the reference.
+        scale: largest absolute value of the reference's outputs that matter (logits, or the last hidden state).
         tolerance: what ``relative_error`` had to stay below.
         dtype: the dtype that was computed in.
         inputs: batches compared (the given one, and the same with its last token masked where there is a mask).
@@ -185,7 +184,10 @@ def _compare_in(
 
 def outputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Floating point outputs of one forward pass, by name (or number, where the model returns a tuple)."""
-    result = model(**copy.deepcopy(dict(batch)))
+    keywords = copy.deepcopy(dict(batch))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        keywords["use_cache"] = False
+    result = model(**keywords)
     if isinstance(result, torch.Tensor):
         items: list[tuple[str, Any]] = [("output", result)]
     elif isinstance(result, Mapping):
@@ -203,7 +205,7 @@ def _reference(
     model: nn.Module, plan: Any, batch: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], KeptPositions]:
     """Outputs of the masked reference; ``model``'s parameters are masked already."""
-    with KeptPositions(plan.marked) as mode:
+    with kept_positions(plan.marked) as mode:
         reference = outputs_of(model, batch)
     if mode.missing:
         op = mode.missing[0]
@@ -217,19 +219,27 @@ def _reference(
 def _compare(
     reference: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
 ) -> tuple[float, float, tuple[str, ...]]:
-    """Largest error over all outputs of equal shape, the principal output's scale, and the names compared."""
-    principal = next((name for name in PRINCIPAL if name in reference), next(iter(reference), None))
-    if principal is None or principal not in got:
+    """Largest error over all outputs of equal shape, the scale of those that matter, and the names compared."""
+    principal = _principal(list(reference))
+    if not principal or any(name not in got for name in principal):
         raise VerificationError("the model's output holds no floating point tensor to compare")
-    if reference[principal].shape != got[principal].shape:
-        raise VerificationError(
-            f"the compacted model's {principal} has shape {tuple(got[principal].shape)}, the original's "
-            f"{tuple(reference[principal].shape)}: the plan cuts an output"
-        )
+    for name in principal:
+        if reference[name].shape != got[name].shape:
+            raise VerificationError(
+                f"the compacted model's {name} has shape {tuple(got[name].shape)}, the original's "
+                f"{tuple(reference[name].shape)}: the plan cuts an output"
+            )
     # Other outputs may legitimately be smaller (an encoder's hidden states after its hidden channels were cut).
     names = tuple(n for n, t in reference.items() if n in got and got[n].shape == t.shape)
     error = max(_error(reference[name], got[name]) for name in names)
-    return error, float(reference[principal].abs().max()) if reference[principal].numel() else 0.0, names
+    scale = max(float(reference[name].abs().max()) if reference[name].numel() else 0.0 for name in principal)
+    return error, scale, names
+
+
+def _principal(names: list[str]) -> list[str]:
+    """The outputs that matter to a caller, as for a trace: all named after logits, the last hidden state, or all."""
+    logits = [name for name in names if "logits" in name]
+    return logits or ["last_hidden_state"] * ("last_hidden_state" in names) or names
 
 
 def _error(reference: torch.Tensor, got: torch.Tensor) -> float:
@@ -264,14 +274,21 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module's own mode."""
+    """Evaluation mode, and experts computed as a trace does, inside the block; afterwards as it was."""
     training = [(module, module.training) for module in model.modules()]
+    held = (value for module in model.modules() for value in vars(module).values() if is_config(value))
+    configs = {id(c): c for c in held if hasattr(c, "_experts_implementation")}.values()
+    experts = [(config, config._experts_implementation) for config in configs]
     model.eval()
     try:
+        for config in configs:
+            config._experts_implementation = "batched_mm"
         yield
     finally:
         for module, mode in training:
             module.training = mode
+        for config, name in experts:
+            config._experts_implementation = name
 
 
 def _batches(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -35,14 +35,22 @@ def args(*values: Any) -> list[int]:
 
 def graph(name: str, code: list[int], outputs: list[int], *shapes: tuple[int, ...]) -> Any:
     tape = Tape(tensors=tensors(*shapes), ops=[[f"aten::{name}", 0, code, outputs, 0]])
-    return SimpleNamespace(tape=tape, new_sizes=lambda _removed, dims: [tape.tensors[t][0][d] - 1 for t, d in dims])
+    return SimpleNamespace(
+        tape=tape, new_sizes=lambda _removed, dims: [tape.tensors[t][0][d] - 1 for t, d in dims]
+    )
 
 
 CASES = [
     ("mm", args("t0", "t1"), [2], [(3, 5), (5, 7), (3, 7)], 3 * 5 * 7),
     ("addmm", args("t3", "t0", "t1", None, None), [2], [(3, 5), (5, 7), (3, 7), (7,)], 3 * 5 * 7),
     ("bmm", args("t0", "t1"), [2], [(2, 3, 5), (2, 5, 7), (2, 3, 7)], 2 * 3 * 5 * 7),
-    ("baddbmm", args("t3", "t0", "t1", 1, 1), [2], [(2, 3, 5), (2, 5, 7), (2, 3, 7), (2, 3, 7)], 2 * 3 * 5 * 7),
+    (
+        "baddbmm",
+        args("t3", "t0", "t1", 1, 1),
+        [2],
+        [(2, 3, 5), (2, 5, 7), (2, 3, 7), (2, 3, 7)],
+        2 * 3 * 5 * 7,
+    ),
     ("linear", args("t0", "t1", None), [2], [(2, 3, 5), (7, 5), (2, 3, 7)], 2 * 3 * 5 * 7),
     ("mv", args("t0", "t1"), [2], [(3, 5), (5,), (3,)], 15),
     ("_grouped_mm", args("t0", "t1"), [2], [(6, 5), (4, 5, 7), (6, 7)], 6 * 5 * 7),
@@ -82,7 +90,21 @@ def test_sizes_after_a_removal_come_from_the_graph() -> None:
 
 
 def test_every_argument_tag_is_decoded() -> None:
-    code = [codes.NONE, codes.TENSORS, 2, 7, -1, codes.INTS, 1, 5, codes.FLOAT, 99, codes.BOOL, 1, codes.OTHER]
+    code = [
+        codes.NONE,
+        codes.TENSORS,
+        2,
+        7,
+        -1,
+        codes.INTS,
+        1,
+        5,
+        codes.FLOAT,
+        99,
+        codes.BOOL,
+        1,
+        codes.OTHER,
+    ]
     code += [codes.BOOLS, 2, 0, 1, codes.TENSOR, 3, codes.INT, 4, codes.TENSORS, 0]
     assert arguments(code) == [None, [("t", 7), ("t", -1)], [5], 99, 1, None, [0, 1], ("t", 3), 4, []]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,7 @@ def test_equals_the_probabilities_of_the_bigrams() -> None:
     window, losses = 16, []
     for start in range(0, len(ids) - window + 1, window):
         part = ids[start : start + window]
-        losses += [-float(log_p[a, b]) for a, b in zip(part, part[1:], strict=False)]
+        losses += [-float(log_p[a, b]) for a, b in itertools.pairwise(part)]
     expected = math.exp(sum(losses) / len(losses))
     assert perplexity(model, Letters(), TEXT, window=window) == pytest.approx(expected, rel=1e-5)
     assert model.training

@@ -45,21 +45,21 @@ def test_a_peak_is_the_stage_s_own() -> None:
 class TestDeferredInterrupts:
     def test_an_interrupt_comes_after_the_block(self) -> None:
         reached = []
-        with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        with pytest.raises(KeyboardInterrupt), deferred_interrupts():  # noqa: PT012
             signal.raise_signal(signal.SIGINT)
             reached.append(1)
         assert reached == [1]
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_an_error_goes_before_the_interrupt(self) -> None:
-        with pytest.raises(ValueError, match="first"), deferred_interrupts():
+        with pytest.raises(ValueError, match="first"), deferred_interrupts():  # noqa: PT012
             signal.raise_signal(signal.SIGINT)
             raise ValueError("first")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_blocks_nest(self) -> None:
         reached = []
-        with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        with pytest.raises(KeyboardInterrupt), deferred_interrupts():  # noqa: PT012
             with deferred_interrupts():
                 signal.raise_signal(signal.SIGINT)
             reached.append(1)

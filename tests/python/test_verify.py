@@ -13,7 +13,7 @@ from compact_plans import FFN, GROUPS, attribute, ids, keep, llama, llama_plan
 from torch import nn
 
 from llmprune.errors import InputError, VerificationError
-from llmprune.masked_ops import KeptPositions
+from llmprune.masked_ops import kept_positions
 from llmprune.verify import verify
 
 FFN_CUT = {0: [1, 5, 18], 1: [0, 2, 3]}
@@ -263,7 +263,7 @@ def test_rms_norm_of_torch() -> None:
     with torch.no_grad(), Names():
         nn.functional.rms_norm(x, (12,), weight)
     [name] = {n for n in names if "rms_norm" in n or n == "aten::mean"}
-    with torch.no_grad(), KeptPositions([mark(name.removeprefix("aten::"), kept=KEPT)]) as mode:
+    with torch.no_grad(), kept_positions([mark(name.removeprefix("aten::"), kept=KEPT)]) as mode:
         got = nn.functional.rms_norm(x, (12,), weight)
     assert mode.done == 1
     expected = nn.functional.rms_norm(x[:, KEPT], (9,), weight[KEPT])
