@@ -309,13 +309,14 @@ class Lower:
     bound: int
 
 
-Move = Shrink | Lower
+Demand = tuple[Shrink | Lower, ...]
+"""Alternatives, the likeliest first: one of them has to happen before the equations can hold."""
 
 
 class _Conflict(Exception):
-    def __init__(self, moves: Sequence[Move], equations: Sequence[Equation]) -> None:
+    def __init__(self, demands: Sequence[Demand], equations: Sequence[Equation]) -> None:
         super().__init__()
-        self.moves = list(moves)
+        self.demands = list(demands)
         self.equations = list(equations)
 
 
@@ -414,7 +415,7 @@ class System:
 
     def solve(
         self, removed: Mapping[int, int], caps: Mapping[Leaf, int] | None = None
-    ) -> dict[Leaf, int] | list[Move]:
+    ) -> dict[Leaf, int] | list[Demand]:
         """Attribute values under which every equation holds after the removal.
 
         Args:
@@ -422,7 +423,8 @@ class System:
             caps: attributes that may not exceed a value.
 
         Returns:
-            The attributes that change, with their new values; or, where no values fit, what has to shrink.
+            The attributes that change, with their new values; or, where no values fit, everything that has to
+            shrink first.
 
         Raises:
             PlanError: the equations cannot be met by removing more.
@@ -444,11 +446,11 @@ class System:
                 if more:
                     released |= more
                     continue
-                if not conflict.moves:
+                if not conflict.demands:
                     raise PlanError(
                         f"no attribute values satisfy the size equation at {conflict.equations[0]}"
                     ) from None
-                return conflict.moves
+                return conflict.demands
             else:
                 return {leaf: value for leaf, value in found.items() if value != self.old[leaf]}
 
@@ -561,12 +563,12 @@ class System:
             if not fits or fits[-1][1] >= LIMIT:
                 raise _Conflict([], [equation])
             value = min(value, fits[-1][1])
-        moves: list[Move] = []
+        demands: list[Demand] = []
         for equation, env in zip(equations, envs, strict=True):
             bound = evaluate(equation.tree, {**env, leaf: value}, equation.source)
             if bound < sizes[equation.target]:
-                moves.append(Shrink(equation.target, bound, equation))
-        return _Conflict(moves, equations)
+                demands.append((Shrink(equation.target, bound, equation),))
+        return _Conflict(demands, equations)
 
     def _check(
         self,
@@ -585,9 +587,9 @@ class System:
         if value == target:
             return
         if value < target:
-            raise _Conflict([Shrink(equation.target, value, equation)], [equation])
+            raise _Conflict([(Shrink(equation.target, value, equation),)], [equation])
         # Prefer what fits exactly, then the attribute whose value is the size of an axis of the dimension.
-        options: list[tuple[tuple[bool, ...], Move]] = []
+        options: list[tuple[tuple[bool, ...], Shrink | Lower]] = []
         for leaf in equation.leaves:
             below: Domain = [(-LIMIT, env[leaf] - 1)]
             exact = intersect(invert(equation.tree, leaf, [(target, target)], env, equation.source), below)
@@ -603,7 +605,7 @@ class System:
                 named = any(self.axes[a].size == self.old.get(leaf) for a in self.axes_of(equation.target))
                 options.append(((not exact, not named, False), Lower(leaf, bound)))
         options.sort(key=lambda option: option[0])
-        raise _Conflict([move for _, move in options[:1]], [equation])
+        raise _Conflict([tuple(move for _, move in options)] if options else [], [equation])
 
     def _evidence(self, leaf: Leaf, removed: Mapping[int, int]) -> list[int]:
         """New sizes of the axes (and whole dimensions) that an attribute's old value names, most telling first."""

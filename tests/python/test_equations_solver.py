@@ -147,7 +147,7 @@ def test_an_equation_without_attributes_that_cannot_hold_is_reported() -> None:
     base = g.tensor([(axis,)])
     g.equation(["//", ["shape", base, 0], 2], [(fixed,)], where="narrow in m")
     moves = solve(g, {axis: 2})
-    assert [(m.bound, m.leaf[2]) for m in moves] == [(3, 1)]
+    assert [(m.bound, m.leaf[2]) for (m,) in moves] == [(3, 1)]
 
 
 def test_no_solution_names_the_equation() -> None:

@@ -57,6 +57,33 @@ def test_fused_projections_close_over_their_chunks() -> None:
     assert closed(g, {v: 2}) == {q: 2, k: 2, v: 2}
 
 
+def test_a_fused_projection_of_partly_rotary_heads_leaves_the_shared_pairs_alone() -> None:
+    """GPT-NeoX: query and key are two rope halves and a rest, tied to each other; value is an axis of its own."""
+    g = SizedGraph()
+    pairs = g.axis(2, "head_dim")
+    rests, values = [g.axis(4), g.axis(4)], [g.axis(8), g.axis(8)]
+    for layer, (rest, value) in enumerate(zip(rests, values, strict=True)):
+        query: list[tuple[int, ...]] = [(pairs,), (pairs,), (rest,)]
+        fused = g.tensor([*query, *query, (value,)], name=f"h.{layer}.weight")
+        g.equation(["*", 3, ["attr", f"h.{layer}", "head_size"]], [*query, *query, (value,)])
+        for part in (query, query, [(value,)]):
+            g.equation(["//", ["shape", fused, 0], 3], part, where="chunk")
+    assert closed(g, {values[0]: 2}) == {values[0]: 2, rests[0]: 2}
+    assert closed(g, {rests[1]: 1}) == {values[1]: 1, rests[1]: 1}
+    everywhere = closed(g, {pairs: 1})
+    assert everywhere == {pairs: 1, values[0]: 2, values[1]: 2}
+
+
+def test_more_choices_than_can_be_searched_still_close() -> None:
+    g = SizedGraph()
+    parts = [g.axis(200), g.axis(200), g.axis(200)]
+    fused = g.tensor([(p,) for p in parts], name="weight")
+    g.equation(["*", 3, ["attr", "m", "head_size"]], [(p,) for p in parts])
+    for part in parts:
+        g.equation(["//", ["shape", fused, 0], 3], [(part,)], where="chunk")
+    assert closed(g, {parts[2]: 30}) == dict.fromkeys(parts, 30)
+
+
 def test_a_product_lowers_the_attribute_that_names_the_axis() -> None:
     g = SizedGraph()
     heads, pairs, value = g.axis(6, "head"), g.axis(4), g.axis(8)
