@@ -3,8 +3,8 @@
 Both allocations are one procedure. Every axis gives up its indices in steps, lowest scores first (a step is one index,
 or as many as ``round_to`` demands). Each step has a key, rising within its axis:
 
-- ``uniform``: the share of the axis that is gone after the step, so all axes lose the same share, as nearly as whole
-  groups allow. Steps with equal keys go by score.
+- ``uniform``: the share of the axis that is gone half way through the step, so every axis loses the common share,
+  rounded to its nearest step. Layers with equal sizes lose equal counts, but for one step of the finest kind.
 - ``global``: the mean score per freed parameter of the step's indices, divided by the mean of that density over all
   axes of the same kind. The first division makes a head and a channel comparable as what they are, cost for benefit
   (Ma et al. 2023 rank within a kind only); the second makes the kinds comparable whatever the aggregation's scale is.
@@ -149,7 +149,10 @@ class Budget:
         self._means = [self._step_means(c, r) for c, r in zip(self.candidates, self._removals, strict=True)]
         self._normalise()
         if self.allocation == "uniform":
-            self._keys = [r / c.size for c, r in zip(self.candidates, self._removals, strict=True)]
+            self._keys = [
+                (r + np.concatenate([[0], r[:-1]])) / (2 * c.size) if len(r) else np.empty(0)
+                for c, r in zip(self.candidates, self._removals, strict=True)
+            ]
         else:
             self._keys = self._means
         self._tied = False
@@ -164,10 +167,8 @@ class Budget:
 
     def _normalise(self) -> None:
         """Divide by the parameters one index frees, then by the mean of that over the kind."""
-        density = []
-        for candidate in self.candidates:
-            cost = self.total - self.graph.numel({candidate.axis: 1}) if candidate.size > 1 else 1
-            density.append(1.0 / max(cost, 1))
+        self._costs = [max(1, self.total - self.graph.numel({c.axis: 1})) for c in self.candidates]
+        density = [1.0 / cost for cost in self._costs]
         for kind in {c.kind for c in self.candidates}:
             chosen = [i for i, c in enumerate(self.candidates) if c.kind == kind]
             weight = sum(float(self.candidates[i].scores.sum()) * density[i] for i in chosen)
@@ -191,7 +192,18 @@ class Budget:
 
     def _solve(self, target: int) -> Indices:
         steps = self._follow(target)
-        self._fill(steps, target)
+        freed = self._freed(steps)
+        if freed is None:
+            raise PlanError("no removal of the chosen kinds closes over its ties: leave the tied kinds out")
+        everything = range(len(self.candidates))
+        if self.allocation == "uniform":
+            freed = self._fill_rounds(steps, freed, target)
+            least = [cost * c.multiple for cost, c in zip(self._costs, self.candidates, strict=True)]
+            finest = self.candidates[int(np.argmin(least))].kind
+            self._fill(steps, freed, target, [i for i in everything if self.candidates[i].kind == finest])
+            freed = self._freed(steps) or 0
+        if freed < target:
+            self._land(steps, target, self._fill(steps, freed, target, everything))
         return steps
 
     def _follow(self, target: int) -> Indices:
@@ -217,15 +229,43 @@ class Budget:
         key = self._keys[axis][int(taken(low)[axis])]
         return np.array([np.searchsorted(keys, key, side="left") for keys in self._keys], dtype=np.int64)
 
-    def _fill(self, steps: Indices, target: int) -> None:
-        """Take the next steps in order, skipping those that do not fit, until none does; ``steps`` changes in place."""
-        freed = self._freed(steps)
-        if freed is None:
-            raise PlanError("no removal of the chosen kinds closes over its ties: leave the tied kinds out")
-        queue: list[tuple[float, float, int]] = []
+    def _fill_rounds(self, steps: Indices, freed: int, target: int) -> int:
+        """Take rounds (the next step of all axes of a kind that have the same key) as long as any fits.
+
+        ``steps`` changes in place. Returns the parameters freed.
+        """
+        queue: list[tuple[float, str, int]] = []
+
+        def push(i: int) -> None:
+            if steps[i] < len(self._keys[i]):
+                heapq.heappush(queue, (float(self._keys[i][steps[i]]), self.candidates[i].kind, i))
+
         for i in range(len(self.candidates)):
+            push(i)
+        while queue:
+            key, kind, first = heapq.heappop(queue)
+            members = [first]
+            while queue and queue[0][:2] == (key, kind):
+                members.append(heapq.heappop(queue)[2])
+            steps[members] += 1
+            now = self._freed(steps)
+            if now is not None and now <= target:
+                freed = now
+                for i in members:
+                    push(i)
+            else:
+                steps[members] -= 1
+        return freed
+
+    def _fill(self, steps: Indices, freed: int, target: int, among: Sequence[int]) -> list[tuple[int, int]]:
+        """Take single steps in order of key and score, skipping those that do not fit, until none does.
+
+        ``steps`` changes in place. Returns what did not fit: (cost, candidate), each once.
+        """
+        queue: list[tuple[float, float, int]] = []
+        blocked = []
+        for i in among:
             self._push(queue, steps, i)
-        over: tuple[int, int] | None = None
         while queue:
             i = heapq.heappop(queue)[2]
             steps[i] += 1
@@ -233,15 +273,23 @@ class Budget:
             if now is not None and now <= target:
                 freed = now
                 self._push(queue, steps, i)
-                continue
-            steps[i] -= 1
-            if now is not None and (over is None or now < over[0]):
-                over = (now, i)
-        # The nearest landing, but never an empty plan.
-        if over is not None and (over[0] - target < target - freed or not steps.any()):
-            steps[over[1]] += 1
-        elif over is None and freed < target:
+            else:
+                steps[i] -= 1
+                if now is not None:
+                    blocked.append((now - freed, i))
+        return blocked
+
+    def _land(self, steps: Indices, target: int, blocked: Sequence[tuple[int, int]]) -> None:
+        """Overshoot by the cheapest step if that lands nearer, or if the plan would be empty without it."""
+        freed = self._freed(steps) or 0
+        if not blocked:
             self._refuse(steps, freed, target)
+            return
+        _, i = min(blocked)
+        steps[i] += 1
+        now = self._freed(steps)
+        if now is None or (now - target >= target - freed and steps.sum() > 1):
+            steps[i] -= 1
 
     def _push(self, queue: list[tuple[float, float, int]], steps: Indices, i: int) -> None:
         step = int(steps[i])
