@@ -82,7 +82,7 @@ typedef struct {
      *     row[o] += sum_i e[o, i]        row (out), float64
      *     col[i] += sum_o e[o, i]        col (in),  float64
      * F32, BF16 and F16 compute in float32, F64 in float64; sums over tiles are float64.
-     * Scratch: at most 3 MiB a thread (6 for F64) and 16 float64 per row and column. */
+     * Scratch: at most 1 MiB a thread (2 for F64) and 16 float64 per row and column. */
     lp_status (*linear_scores)(const lp_linear *linear, double *row, double *col, const lp_exec *exec,
                                lp_error *err);
 
