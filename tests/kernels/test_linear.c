@@ -12,14 +12,16 @@ static const struct {
     size_t out, in, samples, tokens;
     bool timed;
 } cases[] = {
-    {1, 1, 1, 1, false},       {1, 1, 3, 2, false},       {5, 15, 2, 3, false},      {6, 16, 1, 4, false},
-    {7, 17, 2, 1, false},      {11, 31, 3, 5, false},     {12, 32, 2, 7, false},     {13, 33, 4, 2, false},
-    {8, 12, 5, 3, false},      {9, 13, 2, 3, false},      {1, 600, 2, 9, false},     {600, 1, 2, 9, false},
-    {97, 65, 3, 17, false},    {193, 40, 2, 6, false},    {200, 513, 2, 3, false},   {30, 1030, 3, 4, false},
-    {26, 70, 1, 767, false},   {26, 70, 1, 768, false},   {26, 70, 1, 769, false},   {14, 300, 2, 800, false},
-    {14, 37, 3, 400, false},   {25, 35, 800, 1, false},   {100, 290, 17, 50, false}, {110, 33, 1, 1700, false},
-    {4096, 1024, 10, 64, true}, {1024, 4096, 10, 64, true}, {1024, 1024, 40, 16, true}, {1024, 1024, 4, 2048, true},
-    {1024, 1024, 10, 128, true},
+    {1, 1, 1, 1, false},         {1, 1, 3, 2, false},         {5, 15, 2, 3, false},
+    {6, 16, 1, 4, false},        {7, 17, 2, 1, false},        {11, 31, 3, 5, false},
+    {12, 32, 2, 7, false},       {13, 33, 4, 2, false},       {8, 12, 5, 3, false},
+    {9, 13, 2, 3, false},        {1, 600, 2, 9, false},       {600, 1, 2, 9, false},
+    {97, 65, 3, 17, false},      {193, 40, 2, 6, false},      {200, 513, 2, 3, false},
+    {30, 1030, 3, 4, false},     {26, 70, 1, 767, false},     {26, 70, 1, 768, false},
+    {26, 70, 1, 769, false},     {14, 300, 2, 800, false},    {14, 37, 3, 400, false},
+    {25, 35, 800, 1, false},     {100, 290, 17, 50, false},   {110, 33, 1, 1700, false},
+    {4096, 1024, 10, 64, true},  {1024, 4096, 10, 64, true},  {1024, 1024, 40, 16, true},
+    {1024, 1024, 4, 2048, true}, {1024, 1024, 10, 128, true},
 };
 
 typedef struct {
@@ -40,7 +42,8 @@ static inputs make_inputs(size_t out, size_t in, size_t samples, size_t tokens, 
                            .dtype = dtype,
                            .transposed = transposed}};
     /* Exactly the elements the strides span, so that a checker sees the first byte read beyond them. */
-    i.weight = random_values(dtype, ((transposed ? in : out) - 1) * i.linear.weight_stride + (transposed ? out : in), 1);
+    i.weight = random_values(
+        dtype, ((transposed ? in : out) - 1) * i.linear.weight_stride + (transposed ? out : in), 1);
     i.x = random_values(dtype, (samples * tokens - 1) * i.linear.x_stride + in, 1);
     i.dy = random_values(dtype, (samples * tokens - 1) * i.linear.dy_stride + out, 0.1);
     i.linear.weight = i.weight;
@@ -68,8 +71,8 @@ static void oracle(const lp_linear *l, double *row, double *col, double *row_bou
                 double dot = 0, dot_abs = 0;
 
                 for (size_t t = j * l->tokens; t < (j + 1) * l->tokens; t++) {
-                    double product =
-                        value_at(l->dy, l->dtype, t * l->dy_stride + o) * value_at(l->x, l->dtype, t * l->x_stride + i);
+                    double product = value_at(l->dy, l->dtype, t * l->dy_stride + o) *
+                                     value_at(l->x, l->dtype, t * l->x_stride + i);
                     dot += product;
                     dot_abs += fabs(product);
                 }
@@ -88,7 +91,8 @@ static void oracle(const lp_linear *l, double *row, double *col, double *row_bou
     }
 }
 
-static double worst(const double *got, const double *base, const double *want, const double *bound, size_t count)
+static double worst(const double *got, const double *base, const double *want, const double *bound,
+                    size_t count)
 {
     double largest = 0;
 
@@ -108,13 +112,17 @@ static double *zeros(size_t count)
     return values;
 }
 
-static void check_case(const lp_backend *table, size_t c, lp_dtype dtype, int order, bool transposed, size_t slack)
+static void check_case(const lp_backend *table, size_t c, lp_dtype dtype, int order, bool transposed,
+                       size_t slack)
 {
-    inputs in = make_inputs(cases[c].out, cases[c].in, cases[c].samples, cases[c].tokens, dtype, slack, transposed);
+    inputs in =
+        make_inputs(cases[c].out, cases[c].in, cases[c].samples, cases[c].tokens, dtype, slack, transposed);
     lp_linear *l = &in.linear;
-    double *want_row = zeros(l->out), *want_col = zeros(l->in), *row_bound = zeros(l->out), *col_bound = zeros(l->in);
+    double *want_row = zeros(l->out), *want_col = zeros(l->in), *row_bound = zeros(l->out),
+           *col_bound = zeros(l->in);
     double *base_row = need(l->out * 8), *base_col = need(l->in * 8);
-    double *row = need(l->out * 8), *col = need(l->in * 8), *row_2 = need(l->out * 8), *col_2 = need(l->in * 8);
+    double *row = need(l->out * 8), *col = need(l->in * 8), *row_2 = need(l->out * 8),
+           *col_2 = need(l->in * 8);
     double tolerance = dtype == LP_F64 ? 1e-13 : 2e-6, row_error, col_error;
     test_heap heap = {0};
     lp_exec exec = {.allocator = test_allocator(&heap), .threads = 1};
@@ -133,10 +141,11 @@ static void check_case(const lp_backend *table, size_t c, lp_dtype dtype, int or
     row_error = worst(row, base_row, want_row, row_bound, l->out);
     col_error = worst(col, base_col, want_col, col_bound, l->in);
     CHECK(row_error <= tolerance && col_error <= tolerance,
-          "%s %s order %d%s (%zu, %zu), %zu x %zu tokens: relative errors %.2g in rows, %.2g in columns", table->name,
-          value_name(dtype), order, transposed ? " transposed" : "", l->out, l->in, l->samples, l->tokens, row_error,
-          col_error);
-    CHECK(heap.lent == 0 && heap.peak <= (2u << 20) + 128 * (l->out + l->in), "%zu bytes of scratch", heap.peak);
+          "%s %s order %d%s (%zu, %zu), %zu x %zu tokens: relative errors %.2g in rows, %.2g in columns",
+          table->name, value_name(dtype), order, transposed ? " transposed" : "", l->out, l->in, l->samples,
+          l->tokens, row_error, col_error);
+    CHECK(heap.lent == 0 && heap.peak <= (2u << 20) + 128 * (l->out + l->in), "%zu bytes of scratch",
+          heap.peak);
 
     /* Three threads, and the same bits. */
     exec.threads = 3;
@@ -168,7 +177,8 @@ static void check_threads(const lp_backend *table)
         memset(col[to], 0, sizeof col[to]);
         exec.threads = threads;
         CHECK(table->linear_scores(l, row[to], col[to], &exec, NULL) == LP_OK, "%d threads", threads);
-        CHECK(!to || (memcmp(row[0], row[1], sizeof row[0]) == 0 && memcmp(col[0], col[1], sizeof col[0]) == 0),
+        CHECK(!to ||
+                  (memcmp(row[0], row[1], sizeof row[0]) == 0 && memcmp(col[0], col[1], sizeof col[0]) == 0),
               "%s: %d threads change the result", table->name, threads);
     }
     free_inputs(&in);
@@ -185,10 +195,11 @@ static void check_failures(const lp_backend *table)
 
     in.linear.order = 2;
     CHECK(table->linear_scores(&in.linear, row, col, &exec, &err) == LP_ERR_NOMEM, "%s", err.message);
-    CHECK(err.code == LP_ERR_NOMEM && heap.lent == 0 && row[0] == 0.0, "a refused allocation leaves nothing behind");
+    CHECK(err.code == LP_ERR_NOMEM && heap.lent == 0 && row[0] == 0.0,
+          "a refused allocation leaves nothing behind");
     heap.fail_at = 0;
-#define REFUSED(field, value, status)                                                                                \
-    bad = in.linear, bad.field = value;                                                                              \
+#define REFUSED(field, value, status)                                                                        \
+    bad = in.linear, bad.field = value;                                                                      \
     CHECK(table->linear_scores(&bad, row, col, &exec, &err) == status && err.code == status, #field)
     REFUSED(order, 3, LP_ERR_ARGUMENT);
     REFUSED(out, 0, LP_ERR_ARGUMENT);
@@ -224,7 +235,8 @@ static void time_cases(const lp_backend *table)
         if (!cases[c].timed)
             continue;
         for (int dtype = LP_F32; dtype <= LP_BF16; dtype++) {
-            inputs in = make_inputs(cases[c].out, cases[c].in, cases[c].samples, cases[c].tokens, (lp_dtype)dtype, 0, false);
+            inputs in = make_inputs(cases[c].out, cases[c].in, cases[c].samples, cases[c].tokens,
+                                    (lp_dtype)dtype, 0, false);
             timing t = {.table = table,
                         .linear = &in.linear,
                         .row = zeros(cases[c].out),
@@ -232,13 +244,15 @@ static void time_cases(const lp_backend *table)
                         .exec = {.allocator = lp_allocator_default(), .threads = 1}};
 
             for (int order = 1; order <= 2; order++) {
-                double work = 2e-9 * (double)(cases[c].out * cases[c].in) * (double)(cases[c].samples * cases[c].tokens), s;
+                double work = 2e-9 * (double)(cases[c].out * cases[c].in) *
+                              (double)(cases[c].samples * cases[c].tokens),
+                       s;
 
                 in.linear.order = order;
                 s = time_median(run_timing, &t);
-                printf("%-7s %-4s order %d (%4zu, %4zu) %2zu x %4zu tokens %8.2f ms %6.1f GFLOP/s\n", table->name,
-                       value_name((lp_dtype)dtype), order, cases[c].out, cases[c].in, cases[c].samples, cases[c].tokens,
-                       1e3 * s, work / s);
+                printf("%-7s %-4s order %d (%4zu, %4zu) %2zu x %4zu tokens %8.2f ms %6.1f GFLOP/s\n",
+                       table->name, value_name((lp_dtype)dtype), order, cases[c].out, cases[c].in,
+                       cases[c].samples, cases[c].tokens, 1e3 * s, work / s);
             }
             free(t.row), free(t.col);
             free_inputs(&in);
@@ -256,13 +270,15 @@ int main(int argc, char **argv)
             time_cases(tables[k]);
             continue;
         }
-        CHECK(tables[k]->version == LP_BACKEND_VERSION && tables[k]->size == sizeof(lp_backend), "%s", tables[k]->name);
+        CHECK(tables[k]->version == LP_BACKEND_VERSION && tables[k]->size == sizeof(lp_backend), "%s",
+              tables[k]->name);
         for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
             if (cases[c].timed)
                 continue;
             for (int order = 1; order <= 2; order++) {
                 check_case(tables[k], c, LP_F32, order, false, 0);
-                check_case(tables[k], c, (lp_dtype)random_below(4), order, random_below(2) == 1, (size_t)random_below(4));
+                check_case(tables[k], c, (lp_dtype)random_below(4), order, random_below(2) == 1,
+                           (size_t)random_below(4));
                 if (cases[c].samples * cases[c].tokens < 100) {
                     check_case(tables[k], c, LP_F64, order, false, 0);
                     check_case(tables[k], c, LP_BF16, order, true, 1);

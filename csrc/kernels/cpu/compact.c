@@ -14,10 +14,11 @@
 #include <string.h>
 
 enum {
-    COPY_UNIT = 512,          /* an inner unit of this many bytes is copied as a whole, element by element of the cut */
-    COPY_SPLIT = 256 * 1024,  /* larger units are split so that threads can share them */
-    RUN_BYTES = 192,          /* from this mean run length on, copying runs beats packing by masks */
-    ROW_ELEMENTS = 256,       /* shorter rows are joined with their neighbours where the outer dimension is whole */
+    COPY_UNIT =
+        512, /* an inner unit of this many bytes is copied as a whole, element by element of the cut */
+    COPY_SPLIT = 256 * 1024, /* larger units are split so that threads can share them */
+    RUN_BYTES = 192,         /* from this mean run length on, copying runs beats packing by masks */
+    ROW_ELEMENTS = 256, /* shorter rows are joined with their neighbours where the outer dimension is whole */
     CHUNK_BYTES = 256 * 1024, /* destination bytes of a thread's chunk */
     ROW_BYTES_MAX = 1 << 20,  /* rows above this are left to one thread */
 };
@@ -36,14 +37,14 @@ typedef struct {
 
 typedef struct {
     dimension dim[LP_MAX_DIMS + 2];
-    size_t ndim;           /* outer dimensions */
-    size_t tuples;         /* product of their counts */
+    size_t ndim;            /* outer dimensions */
+    size_t tuples;          /* product of their counts */
     size_t row_in, row_out; /* bytes of the inner row before and after */
-    lp_pack_row pack;      /* NULL: runs */
+    lp_pack_row pack;       /* NULL: runs */
     lp_selection selection;
     const run *runs;
     size_t run_count;
-    void *index;           /* scratch behind selection or runs */
+    void *index; /* scratch behind selection or runs */
     size_t index_bytes;
 
     unsigned char *target;
@@ -148,34 +149,38 @@ static void walk_chunks(void *context, int worker)
     }
 }
 
-static lp_status check(const char *operation, const void *data, size_t width, const size_t *shape, size_t ndim,
-                       const lp_kept *kept, const lp_exec *exec, lp_error *err)
+static lp_status check(const char *operation, const void *data, size_t width, const size_t *shape,
+                       size_t ndim, const lp_kept *kept, const lp_exec *exec, lp_error *err)
 {
     size_t bytes = width;
 
     if (data == NULL || shape == NULL || kept == NULL || exec == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "%s was given a NULL tensor", operation);
     if (width != 1 && width != 2 && width != 4 && width != 8)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "%s moves elements of 1, 2, 4 or 8 bytes, not %zu", operation, width);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "%s moves elements of 1, 2, 4 or 8 bytes, not %zu",
+                            operation, width);
     if (ndim < 1 || ndim > LP_MAX_DIMS)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "%s takes tensors of 1 to %d dimensions, not %zu", operation,
-                            LP_MAX_DIMS, ndim);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "%s takes tensors of 1 to %d dimensions, not %zu",
+                            operation, LP_MAX_DIMS, ndim);
     for (size_t d = 0; d < ndim; d++) {
         if (shape[d] < 1)
-            return lp_error_set(err, LP_ERR_ARGUMENT, "%s was given a tensor whose dimension %zu is empty", operation, d);
+            return lp_error_set(err, LP_ERR_ARGUMENT, "%s was given a tensor whose dimension %zu is empty",
+                                operation, d);
         if (!lp_mul_size(bytes, shape[d], &bytes) || bytes > SIZE_MAX / 2)
             return lp_error_set(err, LP_ERR_OVERFLOW, "%s was given a tensor that fits no memory", operation);
         if (kept[d].position == NULL)
             continue;
         if (kept[d].count < 1)
-            return lp_error_set(err, LP_ERR_ARGUMENT, "%s would leave dimension %zu empty: keep at least one position",
-                                operation, d);
+            return lp_error_set(err, LP_ERR_ARGUMENT,
+                                "%s would leave dimension %zu empty: keep at least one position", operation,
+                                d);
         for (size_t i = 0; i < kept[d].count; i++)
             if (kept[d].position[i] < 0 || (uint64_t)kept[d].position[i] >= shape[d] ||
                 (i > 0 && kept[d].position[i] <= kept[d].position[i - 1]))
-                return lp_error_set(err, LP_ERR_ARGUMENT,
-                                    "%s needs strictly increasing positions below %zu in dimension %zu, not %lld at %zu",
-                                    operation, shape[d], d, (long long)kept[d].position[i], i);
+                return lp_error_set(
+                    err, LP_ERR_ARGUMENT,
+                    "%s needs strictly increasing positions below %zu in dimension %zu, not %lld at %zu",
+                    operation, shape[d], d, (long long)kept[d].position[i], i);
     }
     return LP_OK;
 }
@@ -189,8 +194,8 @@ static size_t count_runs(const dimension *d)
     return runs;
 }
 
-static lp_status make_runs(plan *p, const dimension *d, size_t unit, size_t runs, const lp_allocator *allocator,
-                           lp_error *err)
+static lp_status make_runs(plan *p, const dimension *d, size_t unit, size_t runs,
+                           const lp_allocator *allocator, lp_error *err)
 {
     run *list;
 
@@ -212,7 +217,8 @@ static lp_status make_runs(plan *p, const dimension *d, size_t unit, size_t runs
 }
 
 /* The selection of `repeat` rows of dimension d, side by side. */
-static lp_status make_selection(plan *p, const dimension *d, size_t repeat, const lp_allocator *allocator, lp_error *err)
+static lp_status make_selection(plan *p, const dimension *d, size_t repeat, const lp_allocator *allocator,
+                                lp_error *err)
 {
     lp_selection *s = &p->selection;
     size_t size = d->size * repeat, count = d->count * repeat, blocks = size / 8 + 1;
@@ -351,7 +357,8 @@ static lp_status execute(plan *p, const lp_exec *exec, lp_error *err)
         stage = p->stage_each * (size_t)workers;
         p->stage = exec->allocator.resize(exec->allocator.ctx, NULL, 0, stage);
         if (p->stage == NULL)
-            return lp_error_set(err, LP_ERR_NOMEM, "out of memory: %zu bytes to compact in place were refused", stage);
+            return lp_error_set(err, LP_ERR_NOMEM,
+                                "out of memory: %zu bytes to compact in place were refused", stage);
     }
     (void)pthread_mutex_init(&p->lock, NULL);
     (void)pthread_cond_init(&p->turn, NULL);
@@ -364,7 +371,8 @@ static lp_status execute(plan *p, const lp_exec *exec, lp_error *err)
 }
 
 static lp_status compact(const lp_pack *pack, void *target, const void *source, bool in_place, size_t width,
-                         const size_t *shape, size_t ndim, const lp_kept *kept, const lp_exec *exec, lp_error *err)
+                         const size_t *shape, size_t ndim, const lp_kept *kept, const lp_exec *exec,
+                         lp_error *err)
 {
     plan p = {.target = target, .source = source, .in_place = in_place};
     bool whole;
@@ -389,10 +397,13 @@ lp_status lp_compact(const lp_pack *pack, void *data, size_t width, const size_t
     return status == LP_OK ? compact(pack, data, data, true, width, shape, ndim, kept, exec, err) : status;
 }
 
-lp_status lp_compact_into(const lp_pack *pack, void *target, const void *source, size_t width, const size_t *shape,
-                          size_t ndim, const lp_kept *kept, const lp_exec *exec, lp_error *err)
+lp_status lp_compact_into(const lp_pack *pack, void *target, const void *source, size_t width,
+                          const size_t *shape, size_t ndim, const lp_kept *kept, const lp_exec *exec,
+                          lp_error *err)
 {
-    lp_status status = check("compact_into", target != NULL ? source : NULL, width, shape, ndim, kept, exec, err);
+    lp_status status =
+        check("compact_into", target != NULL ? source : NULL, width, shape, ndim, kept, exec, err);
 
-    return status == LP_OK ? compact(pack, target, source, false, width, shape, ndim, kept, exec, err) : status;
+    return status == LP_OK ? compact(pack, target, source, false, width, shape, ndim, kept, exec, err)
+                           : status;
 }

@@ -8,51 +8,52 @@
 #include "kernels/cpu/tile.h"
 
 /* One table: its operations bind the generic drivers to one instruction set's parts. */
-#define TABLE(label, text, tiles, tiles_f64, reduce, pack)                                                           \
-    static lp_status linear_scores_##label(const lp_linear *linear, double *row, double *col, const lp_exec *exec,   \
-                                           lp_error *err)                                                            \
-    {                                                                                                                \
-        return lp_linear_scores(&tiles, &tiles_f64, linear, row, col, exec, err);                                    \
-    }                                                                                                                \
-    static lp_status dot_columns_##label(const void *a, const void *b, lp_dtype dtype, size_t rows, size_t columns,  \
-                                         double *out, const lp_exec *exec, lp_error *err)                            \
-    {                                                                                                                \
-        (void)exec;                                                                                                  \
-        return lp_reduce_dot_columns(&reduce, a, b, dtype, rows, columns, out, err);                                 \
-    }                                                                                                                \
-    static lp_status tensor_scores_##label(lp_values weight, lp_values grad, lp_values square, const size_t *shape,  \
-                                           size_t ndim, lp_score_kind kind, double *const *outs,                     \
-                                           const lp_exec *exec, lp_error *err)                                       \
-    {                                                                                                                \
-        (void)exec;                                                                                                  \
-        return lp_reduce_tensor_scores(&reduce, weight, grad, square, shape, ndim, kind, outs, err);                 \
-    }                                                                                                                \
-    static lp_status accumulate_square_##label(void *acc, lp_dtype acc_dtype, lp_values grad, double scale,          \
-                                               size_t count, const lp_exec *exec, lp_error *err)                     \
-    {                                                                                                                \
-        (void)exec;                                                                                                  \
-        return lp_reduce_accumulate_square(&reduce, acc, acc_dtype, grad, scale, count, err);                        \
-    }                                                                                                                \
-    static lp_status compact_##label(void *data, size_t width, const size_t *shape, size_t ndim,                     \
-                                     const lp_kept *kept, const lp_exec *exec, lp_error *err)                        \
-    {                                                                                                                \
-        return lp_compact(&pack, data, width, shape, ndim, kept, exec, err);                                         \
-    }                                                                                                                \
-    static lp_status compact_into_##label(void *target, const void *source, size_t width, const size_t *shape,       \
-                                          size_t ndim, const lp_kept *kept, const lp_exec *exec, lp_error *err)      \
-    {                                                                                                                \
-        return lp_compact_into(&pack, target, source, width, shape, ndim, kept, exec, err);                          \
-    }                                                                                                                \
-    static const lp_backend table_##label = {                                                                        \
-        .version = LP_BACKEND_VERSION,                                                                               \
-        .size = sizeof(lp_backend),                                                                                  \
-        .name = text,                                                                                                \
-        .linear_scores = linear_scores_##label,                                                                      \
-        .dot_columns = dot_columns_##label,                                                                          \
-        .tensor_scores = tensor_scores_##label,                                                                      \
-        .accumulate_square = accumulate_square_##label,                                                              \
-        .compact = compact_##label,                                                                                  \
-        .compact_into = compact_into_##label,                                                                        \
+#define TABLE(label, text, tiles, tiles_f64, reduce, pack)                                                   \
+    static lp_status linear_scores_##label(const lp_linear *linear, double *row, double *col,                \
+                                           const lp_exec *exec, lp_error *err)                               \
+    {                                                                                                        \
+        return lp_linear_scores(&tiles, &tiles_f64, linear, row, col, exec, err);                            \
+    }                                                                                                        \
+    static lp_status dot_columns_##label(const void *a, const void *b, lp_dtype dtype, size_t rows,          \
+                                         size_t columns, double *out, const lp_exec *exec, lp_error *err)    \
+    {                                                                                                        \
+        (void)exec;                                                                                          \
+        return lp_reduce_dot_columns(&reduce, a, b, dtype, rows, columns, out, err);                         \
+    }                                                                                                        \
+    static lp_status tensor_scores_##label(lp_values weight, lp_values grad, lp_values square,               \
+                                           const size_t *shape, size_t ndim, lp_score_kind kind,             \
+                                           double *const *outs, const lp_exec *exec, lp_error *err)          \
+    {                                                                                                        \
+        (void)exec;                                                                                          \
+        return lp_reduce_tensor_scores(&reduce, weight, grad, square, shape, ndim, kind, outs, err);         \
+    }                                                                                                        \
+    static lp_status accumulate_square_##label(void *acc, lp_dtype acc_dtype, lp_values grad, double scale,  \
+                                               size_t count, const lp_exec *exec, lp_error *err)             \
+    {                                                                                                        \
+        (void)exec;                                                                                          \
+        return lp_reduce_accumulate_square(&reduce, acc, acc_dtype, grad, scale, count, err);                \
+    }                                                                                                        \
+    static lp_status compact_##label(void *data, size_t width, const size_t *shape, size_t ndim,             \
+                                     const lp_kept *kept, const lp_exec *exec, lp_error *err)                \
+    {                                                                                                        \
+        return lp_compact(&pack, data, width, shape, ndim, kept, exec, err);                                 \
+    }                                                                                                        \
+    static lp_status compact_into_##label(void *target, const void *source, size_t width,                    \
+                                          const size_t *shape, size_t ndim, const lp_kept *kept,             \
+                                          const lp_exec *exec, lp_error *err)                                \
+    {                                                                                                        \
+        return lp_compact_into(&pack, target, source, width, shape, ndim, kept, exec, err);                  \
+    }                                                                                                        \
+    static const lp_backend table_##label = {                                                                \
+        .version = LP_BACKEND_VERSION,                                                                       \
+        .size = sizeof(lp_backend),                                                                          \
+        .name = text,                                                                                        \
+        .linear_scores = linear_scores_##label,                                                              \
+        .dot_columns = dot_columns_##label,                                                                  \
+        .tensor_scores = tensor_scores_##label,                                                              \
+        .accumulate_square = accumulate_square_##label,                                                      \
+        .compact = compact_##label,                                                                          \
+        .compact_into = compact_into_##label,                                                                \
     };
 
 TABLE(plain, "plain", lp_tile_plain, lp_tile_plain_f64, lp_reduce_plain, lp_pack_plain)

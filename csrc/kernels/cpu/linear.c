@@ -29,17 +29,17 @@ static const double THREAD_WORK = 2e6;
 typedef struct {
     const lp_tile *tile;
     const lp_linear *linear;
-    size_t out, in;       /* after a transposed weight has swapped the roles */
+    size_t out, in; /* after a transposed weight has swapped the roles */
     const void *x, *dy;
     size_t x_stride, dy_stride;
     size_t sample_tokens; /* order 1 is one sample of all tokens */
     size_t sample_count;
     unsigned flags;
 
-    size_t block_out;     /* output features of a block, a multiple of the tile's rows */
-    size_t block_tokens;  /* tokens of a pass: whole samples, or a part of one */
+    size_t block_out;    /* output features of a block, a multiple of the tile's rows */
+    size_t block_tokens; /* tokens of a pass: whole samples, or a part of one */
     size_t passes;
-    size_t group_panels;  /* panels whose states are kept at once */
+    size_t group_panels; /* panels whose states are kept at once */
     size_t out_blocks, panels;
     size_t row_pieces, column_pieces;
 
@@ -73,7 +73,8 @@ static size_t piece_begin(size_t total, size_t pieces, size_t index)
 
 /* Pass `pass` of one block of output features through the states of a group of panels. */
 static void run_pass(const job *j, size_t pass, size_t out_first, size_t out_count, size_t panel_first,
-                     size_t panel_end, bool pack_dy, unsigned char *x, unsigned char *dy, unsigned char *states)
+                     size_t panel_end, bool pack_dy, unsigned char *x, unsigned char *dy,
+                     unsigned char *states)
 {
     const lp_tile *tile = j->tile;
     size_t width = lp_dtype_width(j->linear->dtype), total = j->sample_tokens * j->sample_count;
@@ -94,7 +95,8 @@ static void run_pass(const job *j, size_t pass, size_t out_first, size_t out_cou
         first += pass / per_sample * j->sample_tokens;
         each = tokens;
         samples = 1;
-        flags |= (part > 0 ? (unsigned)LP_TILE_CARRY_IN : 0u) | (part + 1 < per_sample ? (unsigned)LP_TILE_CARRY_OUT : 0u);
+        flags |= (part > 0 ? (unsigned)LP_TILE_CARRY_IN : 0u) |
+                 (part + 1 < per_sample ? (unsigned)LP_TILE_CARRY_OUT : 0u);
     }
 
     if (pack_dy)
@@ -103,16 +105,16 @@ static void run_pass(const job *j, size_t pass, size_t out_first, size_t out_cou
     for (size_t p = panel_first; p < panel_end; p++) {
         size_t in_first = p * tile->columns;
 
-        tile->pack_x(x, (const char *)j->x + (first * j->x_stride + in_first) * width, j->linear->dtype, j->x_stride,
-                     tokens, at_most(tile->columns, j->in - in_first));
+        tile->pack_x(x, (const char *)j->x + (first * j->x_stride + in_first) * width, j->linear->dtype,
+                     j->x_stride, tokens, at_most(tile->columns, j->in - in_first));
         for (size_t k = 0; k < tiles; k++, states += j->state_bytes)
             tile->run(states, x, dy + k * tile->rows * tokens * tile->real, each, samples, flags);
     }
 }
 
 /* Score one block of output features against the panels [panel_first, panel_end). */
-static void run_block(const job *j, size_t block, size_t panel_first, size_t panel_end, double *rows, double *columns,
-                      unsigned char *scratch)
+static void run_block(const job *j, size_t block, size_t panel_first, size_t panel_end, double *rows,
+                      double *columns, unsigned char *scratch)
 {
     const lp_tile *tile = j->tile;
     size_t width = lp_dtype_width(j->linear->dtype);
@@ -126,7 +128,8 @@ static void run_block(const job *j, size_t block, size_t panel_first, size_t pan
 
         memset(states, 0, (group_end - p) * tiles * j->state_bytes);
         for (size_t pass = 0; pass < j->passes; pass++)
-            run_pass(j, pass, out_first, out_count, p, group_end, j->passes > 1 || p == panel_first, x, dy, states);
+            run_pass(j, pass, out_first, out_count, p, group_end, j->passes > 1 || p == panel_first, x, dy,
+                     states);
         for (size_t q = p; q < group_end; q++) {
             size_t in_first = q * tile->columns, in_count = at_most(tile->columns, j->in - in_first);
 
@@ -134,9 +137,10 @@ static void run_block(const job *j, size_t block, size_t panel_first, size_t pan
                 size_t o = out_first + k * tile->rows;
 
                 tile->reduce(state,
-                             (const char *)j->linear->weight + (o * j->linear->weight_stride + in_first) * width,
-                             j->linear->dtype, j->linear->weight_stride, at_most(tile->rows, j->out - o), in_count,
-                             j->linear->samples, j->flags, rows + o, columns + in_first);
+                             (const char *)j->linear->weight +
+                                 (o * j->linear->weight_stride + in_first) * width,
+                             j->linear->dtype, j->linear->weight_stride, at_most(tile->rows, j->out - o),
+                             in_count, j->linear->samples, j->flags, rows + o, columns + in_first);
             }
         }
     }
@@ -153,10 +157,11 @@ static void run_worker(void *context, int worker)
 
         if (piece >= j->row_pieces * j->column_pieces)
             return;
-        for (size_t b = piece_begin(j->out_blocks, j->row_pieces, r); b < piece_begin(j->out_blocks, j->row_pieces, r + 1);
-             b++)
-            run_block(j, b, piece_begin(j->panels, j->column_pieces, c), piece_begin(j->panels, j->column_pieces, c + 1),
-                      j->row_parts + c * j->out, j->column_parts + r * j->in, scratch);
+        for (size_t b = piece_begin(j->out_blocks, j->row_pieces, r);
+             b < piece_begin(j->out_blocks, j->row_pieces, r + 1); b++)
+            run_block(j, b, piece_begin(j->panels, j->column_pieces, c),
+                      piece_begin(j->panels, j->column_pieces, c + 1), j->row_parts + c * j->out,
+                      j->column_parts + r * j->in, scratch);
     }
 }
 
@@ -190,22 +195,26 @@ static void plan_blocks(job *j)
     j->scratch_each = round_up(j->x_bytes + j->dy_bytes + states * j->state_bytes, 64);
 }
 
-static lp_status check(const lp_linear *l, const double *row, const double *col, const lp_exec *exec, lp_error *err)
+static lp_status check(const lp_linear *l, const double *row, const double *col, const lp_exec *exec,
+                       lp_error *err)
 {
     size_t tokens, elements;
 
-    if (l == NULL || exec == NULL || row == NULL || col == NULL || l->weight == NULL || l->x == NULL || l->dy == NULL)
+    if (l == NULL || exec == NULL || row == NULL || col == NULL || l->weight == NULL || l->x == NULL ||
+        l->dy == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "linear_scores was given a NULL tensor");
     if (l->out < 1 || l->in < 1 || l->samples < 1 || l->tokens < 1)
-        return lp_error_set(err, LP_ERR_ARGUMENT,
-                            "linear_scores needs at least one row, column, sample and token, not %zu, %zu, %zu and %zu",
-                            l->out, l->in, l->samples, l->tokens);
+        return lp_error_set(
+            err, LP_ERR_ARGUMENT,
+            "linear_scores needs at least one row, column, sample and token, not %zu, %zu, %zu and %zu",
+            l->out, l->in, l->samples, l->tokens);
     if ((unsigned)l->dtype > LP_BF16)
         return lp_error_set(err, LP_ERR_ARGUMENT, "linear_scores does not know dtype %d", (int)l->dtype);
     if (l->order != 1 && l->order != 2)
         return lp_error_set(err, LP_ERR_ARGUMENT, "linear_scores computes order 1 or 2, not %d", l->order);
     if (l->x_stride < l->in || l->dy_stride < l->out || l->weight_stride < (l->transposed ? l->out : l->in))
-        return lp_error_set(err, LP_ERR_ARGUMENT, "linear_scores was given rows that overlap their neighbours");
+        return lp_error_set(err, LP_ERR_ARGUMENT,
+                            "linear_scores was given rows that overlap their neighbours");
     if (!lp_mul_size(l->samples, l->tokens, &tokens) || !lp_mul_size(tokens, l->x_stride, &elements) ||
         !lp_mul_size(elements, 8, &elements) || !lp_mul_size(tokens, l->dy_stride, &elements) ||
         !lp_mul_size(elements, 8, &elements) ||
@@ -215,8 +224,8 @@ static lp_status check(const lp_linear *l, const double *row, const double *col,
     return LP_OK;
 }
 
-lp_status lp_linear_scores(const lp_tile *single, const lp_tile *twice, const lp_linear *linear, double *row, double *col,
-                           const lp_exec *exec, lp_error *err)
+lp_status lp_linear_scores(const lp_tile *single, const lp_tile *twice, const lp_linear *linear, double *row,
+                           double *col, const lp_exec *exec, lp_error *err)
 {
     job j = {.linear = linear};
     size_t bytes, parts, row_bytes, column_bytes;
@@ -249,12 +258,14 @@ lp_status lp_linear_scores(const lp_tile *single, const lp_tile *twice, const lp
         !lp_add_size(row_bytes, column_bytes, &parts) ||
         !lp_mul_size((size_t)workers, j.scratch_each, &bytes) || !lp_add_size(bytes, parts, &bytes) ||
         !lp_add_size(bytes, 64, &bytes))
-        return lp_error_set(err, LP_ERR_OVERFLOW, "linear_scores cannot address scratch for %zu x %zu", j.out, j.in);
+        return lp_error_set(err, LP_ERR_OVERFLOW, "linear_scores cannot address scratch for %zu x %zu", j.out,
+                            j.in);
 
     block = exec->allocator.resize(exec->allocator.ctx, NULL, 0, bytes);
     if (block == NULL)
-        return lp_error_set(err, LP_ERR_NOMEM, "out of memory: %zu bytes of scratch for a %zu x %zu layer were refused",
-                            bytes, linear->out, linear->in);
+        return lp_error_set(err, LP_ERR_NOMEM,
+                            "out of memory: %zu bytes of scratch for a %zu x %zu layer were refused", bytes,
+                            linear->out, linear->in);
     j.scratch = block + (64 - (uintptr_t)block % 64);
     j.row_parts = (double *)(void *)(j.scratch + (size_t)workers * j.scratch_each);
     j.column_parts = j.row_parts + j.column_pieces * j.out;

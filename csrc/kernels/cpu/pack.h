@@ -10,15 +10,16 @@ typedef struct {
     const int64_t *position; /* (count) kept positions */
     size_t tail;             /* how many of them lie below size rounded down to a multiple of 8 */
     const uint8_t *bits;     /* bit i % 8 of bits[i / 8] says whether element i stays; 8 spare bytes follow */
-    const uint8_t *lanes;    /* for each 8 elements the kept ones' numbers 0..7 first, then zeros; 8 spare bytes follow */
+    const uint8_t
+        *lanes; /* for each 8 elements the kept ones' numbers 0..7 first, then zeros; 8 spare bytes follow */
 } lp_selection;
 
 /* Write the kept elements of the row at `source` to `target`, and return the first byte behind them.  target is either
  * at or below source (in place: every byte a call writes lies below what it has still to read), or elsewhere.  No byte at
  * or above `limit` is written, and what lies between the result and the limit may be overwritten; the result never
  * exceeds the limit. */
-typedef unsigned char *(*lp_pack_row)(unsigned char *target, const unsigned char *source, const lp_selection *selection,
-                                      const unsigned char *limit);
+typedef unsigned char *(*lp_pack_row)(unsigned char *target, const unsigned char *source,
+                                      const lp_selection *selection, const unsigned char *limit);
 
 /* Indexed by log2 of the element's width: 1, 2, 4 and 8 bytes. */
 typedef struct {
@@ -29,7 +30,8 @@ extern const lp_pack lp_pack_plain, lp_pack_avx2, lp_pack_vbmi2, lp_pack_neon;
 
 lp_status lp_compact(const lp_pack *pack, void *data, size_t width, const size_t *shape, size_t ndim,
                      const lp_kept *kept, const lp_exec *exec, lp_error *err);
-lp_status lp_compact_into(const lp_pack *pack, void *target, const void *source, size_t width, const size_t *shape,
-                          size_t ndim, const lp_kept *kept, const lp_exec *exec, lp_error *err);
+lp_status lp_compact_into(const lp_pack *pack, void *target, const void *source, size_t width,
+                          const size_t *shape, size_t ndim, const lp_kept *kept, const lp_exec *exec,
+                          lp_error *err);
 
 #endif

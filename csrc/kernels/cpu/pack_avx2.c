@@ -10,8 +10,8 @@
 LP_TARGET_BEGIN(LP_TARGET_AVX2)
 
 /* The row's last size % 8 elements. */
-static inline unsigned char *pack_tail(unsigned char *target, const unsigned char *source, const lp_selection *s,
-                                       size_t width)
+static inline unsigned char *pack_tail(unsigned char *target, const unsigned char *source,
+                                       const lp_selection *s, size_t width)
 {
     for (size_t k = s->tail; k < s->count; k++, target += width) {
         uint64_t element;
@@ -75,7 +75,8 @@ static unsigned char *pack_2(unsigned char *target, const unsigned char *source,
     for (size_t i = 0; i + 8 <= s->size; i += 8) {
         __m128i lanes = load_lanes(s->lanes + i), bytes = _mm_unpacklo_epi8(lanes, lanes);
         __m128i control = _mm_add_epi8(_mm_add_epi8(bytes, bytes), odd);
-        __m128i v = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(source + i * 2)), control);
+        __m128i v =
+            _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(source + i * 2)), control);
         size_t count = (size_t)__builtin_popcount(s->bits[i / 8]);
 
         store_16(target, v, count * 2, limit);

@@ -9,39 +9,39 @@
 #include <immintrin.h>
 
 /* Elements [i, i + 64 / width) of the row, one after the other; only the last, partial vector masks its load. */
-#define PACK(width, lanes, mask_t, tail_mask, load, compress, store, popcount)                                       \
-    static unsigned char *pack_##width(unsigned char *target, const unsigned char *source, const lp_selection *s,    \
-                                       const unsigned char *limit)                                                   \
-    {                                                                                                                \
-        size_t i = 0;                                                                                                \
-                                                                                                                     \
-        for (; i + lanes <= s->size; i += lanes) {                                                                   \
-            mask_t mask;                                                                                             \
-            __m512i packed;                                                                                          \
-            size_t bytes;                                                                                            \
-                                                                                                                     \
-            memcpy(&mask, s->bits + i / 8, sizeof mask);                                                             \
-            packed = compress(mask, _mm512_loadu_si512(source + i * width));                                         \
-            bytes = (size_t)popcount(mask) * width;                                                                  \
-            if (limit - target >= 64)                                                                                \
-                _mm512_storeu_si512(target, packed);                                                                 \
-            else                                                                                                     \
-                store(target, tail_mask(bytes / width), packed);                                                     \
-            target += bytes;                                                                                         \
-        }                                                                                                            \
-        if (i < s->size) {                                                                                           \
-            mask_t mask;                                                                                             \
-            __m512i packed;                                                                                          \
-            size_t count;                                                                                            \
-                                                                                                                     \
-            memcpy(&mask, s->bits + i / 8, sizeof mask);                                                             \
-            mask = mask & tail_mask(s->size - i);                                                                    \
-            packed = compress(mask, load(tail_mask(s->size - i), source + i * width));                               \
-            count = (size_t)popcount(mask);                                                                          \
-            store(target, tail_mask(count), packed);                                                                 \
-            target += count * width;                                                                                 \
-        }                                                                                                            \
-        return target;                                                                                               \
+#define PACK(width, lanes, mask_t, tail_mask, load, compress, store, popcount)                               \
+    static unsigned char *pack_##width(unsigned char *target, const unsigned char *source,                   \
+                                       const lp_selection *s, const unsigned char *limit)                    \
+    {                                                                                                        \
+        size_t i = 0;                                                                                        \
+                                                                                                             \
+        for (; i + lanes <= s->size; i += lanes) {                                                           \
+            mask_t mask;                                                                                     \
+            __m512i packed;                                                                                  \
+            size_t bytes;                                                                                    \
+                                                                                                             \
+            memcpy(&mask, s->bits + i / 8, sizeof mask);                                                     \
+            packed = compress(mask, _mm512_loadu_si512(source + i * width));                                 \
+            bytes = (size_t)popcount(mask) * width;                                                          \
+            if (limit - target >= 64)                                                                        \
+                _mm512_storeu_si512(target, packed);                                                         \
+            else                                                                                             \
+                store(target, tail_mask(bytes / width), packed);                                             \
+            target += bytes;                                                                                 \
+        }                                                                                                    \
+        if (i < s->size) {                                                                                   \
+            mask_t mask;                                                                                     \
+            __m512i packed;                                                                                  \
+            size_t count;                                                                                    \
+                                                                                                             \
+            memcpy(&mask, s->bits + i / 8, sizeof mask);                                                     \
+            mask = mask & tail_mask(s->size - i);                                                            \
+            packed = compress(mask, load(tail_mask(s->size - i), source + i * width));                       \
+            count = (size_t)popcount(mask);                                                                  \
+            store(target, tail_mask(count), packed);                                                         \
+            target += count * width;                                                                         \
+        }                                                                                                    \
+        return target;                                                                                       \
     }
 
 LP_TARGET_BEGIN(LP_TARGET_VBMI2)
@@ -58,10 +58,10 @@ static inline uint64_t low_bits(size_t count)
 
 PACK(1, 64, __mmask64, TAIL64, _mm512_maskz_loadu_epi8, _mm512_maskz_compress_epi8, _mm512_mask_storeu_epi8,
      __builtin_popcountll)
-PACK(2, 32, __mmask32, TAIL32, _mm512_maskz_loadu_epi16, _mm512_maskz_compress_epi16, _mm512_mask_storeu_epi16,
-     __builtin_popcount)
-PACK(4, 16, __mmask16, TAIL16, _mm512_maskz_loadu_epi32, _mm512_maskz_compress_epi32, _mm512_mask_storeu_epi32,
-     __builtin_popcount)
+PACK(2, 32, __mmask32, TAIL32, _mm512_maskz_loadu_epi16, _mm512_maskz_compress_epi16,
+     _mm512_mask_storeu_epi16, __builtin_popcount)
+PACK(4, 16, __mmask16, TAIL16, _mm512_maskz_loadu_epi32, _mm512_maskz_compress_epi32,
+     _mm512_mask_storeu_epi32, __builtin_popcount)
 PACK(8, 8, __mmask8, TAIL8, _mm512_maskz_loadu_epi64, _mm512_maskz_compress_epi64, _mm512_mask_storeu_epi64,
      __builtin_popcount)
 

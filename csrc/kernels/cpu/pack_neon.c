@@ -8,8 +8,8 @@
 #include <arm_neon.h>
 
 /* The row's last size % 8 elements. */
-static inline unsigned char *pack_tail(unsigned char *target, const unsigned char *source, const lp_selection *s,
-                                       size_t width)
+static inline unsigned char *pack_tail(unsigned char *target, const unsigned char *source,
+                                       const lp_selection *s, size_t width)
 {
     for (size_t k = s->tail; k < s->count; k++, target += width) {
         uint64_t element;
@@ -94,8 +94,8 @@ static unsigned char *pack_8(unsigned char *target, const unsigned char *source,
                              const unsigned char *limit)
 {
     for (size_t i = 0; i + 8 <= s->size; i += 8) {
-        uint8x16x4_t v = {{vld1q_u8(source + i * 8), vld1q_u8(source + i * 8 + 16), vld1q_u8(source + i * 8 + 32),
-                           vld1q_u8(source + i * 8 + 48)}};
+        uint8x16x4_t v = {{vld1q_u8(source + i * 8), vld1q_u8(source + i * 8 + 16),
+                           vld1q_u8(source + i * 8 + 32), vld1q_u8(source + i * 8 + 48)}};
         uint8x8_t lanes = vld1_u8(s->lanes + i);
         size_t count = (size_t)__builtin_popcount(s->bits[i / 8]) * 8;
 

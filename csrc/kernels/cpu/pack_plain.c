@@ -3,18 +3,18 @@
 
 #include <string.h>
 
-#define PACK(width)                                                                                                  \
-    static unsigned char *pack_##width(unsigned char *target, const unsigned char *source, const lp_selection *s,    \
-                                       const unsigned char *limit)                                                   \
-    {                                                                                                                \
-        (void)limit;                                                                                                 \
-        for (size_t k = 0; k < s->count; k++, target += width) {                                                     \
-            unsigned char element[width];                                                                            \
-                                                                                                                     \
-            memcpy(element, source + (size_t)s->position[k] * width, width);                                         \
-            memcpy(target, element, width);                                                                          \
-        }                                                                                                            \
-        return target;                                                                                               \
+#define PACK(width)                                                                                          \
+    static unsigned char *pack_##width(unsigned char *target, const unsigned char *source,                   \
+                                       const lp_selection *s, const unsigned char *limit)                    \
+    {                                                                                                        \
+        (void)limit;                                                                                         \
+        for (size_t k = 0; k < s->count; k++, target += width) {                                             \
+            unsigned char element[width];                                                                    \
+                                                                                                             \
+            memcpy(element, source + (size_t)s->position[k] * width, width);                                 \
+            memcpy(target, element, width);                                                                  \
+        }                                                                                                    \
+        return target;                                                                                       \
     }
 
 PACK(1)

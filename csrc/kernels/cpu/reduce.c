@@ -37,8 +37,8 @@ static lp_status check_count(const char *operation, size_t count, lp_error *err)
                : lp_error_set(err, LP_ERR_OVERFLOW, "%s was given a tensor that fits no memory", operation);
 }
 
-lp_status lp_reduce_dot_columns(const lp_reduce *reduce, const void *a, const void *b, lp_dtype dtype, size_t rows,
-                                size_t columns, double *out, lp_error *err)
+lp_status lp_reduce_dot_columns(const lp_reduce *reduce, const void *a, const void *b, lp_dtype dtype,
+                                size_t rows, size_t columns, double *out, lp_error *err)
 {
     size_t count;
     lp_status status;
@@ -46,8 +46,8 @@ lp_status lp_reduce_dot_columns(const lp_reduce *reduce, const void *a, const vo
     if (a == NULL || b == NULL || out == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "dot_columns was given a NULL tensor");
     if (rows < 1 || columns < 1 || !known(dtype))
-        return lp_error_set(err, LP_ERR_ARGUMENT, "dot_columns cannot take %zu x %zu values of dtype %d", rows, columns,
-                            (int)dtype);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "dot_columns cannot take %zu x %zu values of dtype %d",
+                            rows, columns, (int)dtype);
     if (!lp_mul_size(rows, columns, &count))
         count = SIZE_MAX;
     status = check_count("dot_columns", count, err);
@@ -65,17 +65,20 @@ lp_status lp_reduce_tensor_scores(const lp_reduce *reduce, lp_values weight, lp_
     lp_status status;
 
     if (shape == NULL || outs == NULL || ndim < 1 || ndim > LP_MAX_DIMS)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "tensor_scores takes tensors of 1 to %d dimensions, not %zu",
-                            LP_MAX_DIMS, ndim);
+        return lp_error_set(err, LP_ERR_ARGUMENT,
+                            "tensor_scores takes tensors of 1 to %d dimensions, not %zu", LP_MAX_DIMS, ndim);
     if ((unsigned)kind > LP_SCORE_L2)
         return lp_error_set(err, LP_ERR_ARGUMENT, "tensor_scores does not know importance %d", (int)kind);
-    if (weight.data == NULL || !known(weight.dtype) || (needs_grad && (grad.data == NULL || !known(grad.dtype))) ||
+    if (weight.data == NULL || !known(weight.dtype) ||
+        (needs_grad && (grad.data == NULL || !known(grad.dtype))) ||
         (needs_square && (square.data == NULL || !known(square.dtype))))
-        return lp_error_set(err, LP_ERR_ARGUMENT,
-                            "tensor_scores lacks the weight, gradient or squared gradient its importance needs");
+        return lp_error_set(
+            err, LP_ERR_ARGUMENT,
+            "tensor_scores lacks the weight, gradient or squared gradient its importance needs");
     for (size_t d = 0; d < ndim; d++) {
         if (shape[d] < 1)
-            return lp_error_set(err, LP_ERR_ARGUMENT, "tensor_scores was given a tensor whose dimension %zu is empty", d);
+            return lp_error_set(err, LP_ERR_ARGUMENT,
+                                "tensor_scores was given a tensor whose dimension %zu is empty", d);
         if (!lp_mul_size(count, shape[d], &count))
             count = SIZE_MAX;
     }
@@ -93,8 +96,8 @@ lp_status lp_reduce_accumulate_square(const lp_reduce *reduce, void *acc, lp_dty
     if (acc == NULL || grad.data == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "accumulate_square was given a NULL tensor");
     if ((acc_dtype != LP_F32 && acc_dtype != LP_F64) || !known(grad.dtype))
-        return lp_error_set(err, LP_ERR_ARGUMENT, "accumulate_square sums into float32 or float64, not dtype %d",
-                            (int)acc_dtype);
+        return lp_error_set(err, LP_ERR_ARGUMENT,
+                            "accumulate_square sums into float32 or float64, not dtype %d", (int)acc_dtype);
     status = check_count("accumulate_square", count, err);
     if (status == LP_OK)
         reduce->accumulate_square(acc, acc_dtype, grad, scale, count);

@@ -5,7 +5,8 @@
 
 enum { REDUCE_NAME(BLOCK) = 256, REDUCE_NAME(LANES) = 8 };
 
-static void REDUCE_NAME(widen)(double *restrict target, const void *source, lp_dtype dtype, size_t first, size_t count)
+static void REDUCE_NAME(widen)(double *restrict target, const void *source, lp_dtype dtype, size_t first,
+                               size_t count)
 {
     const float *single = (const float *)source + first;
     const uint16_t *half = (const uint16_t *)source + first;
@@ -29,8 +30,8 @@ static void REDUCE_NAME(widen)(double *restrict target, const void *source, lp_d
     }
 }
 
-static void REDUCE_NAME(dot_columns)(const void *a, const void *b, lp_dtype dtype, size_t rows, size_t columns,
-                                     double *out)
+static void REDUCE_NAME(dot_columns)(const void *a, const void *b, lp_dtype dtype, size_t rows,
+                                     size_t columns, double *out)
 {
     double x[REDUCE_NAME(BLOCK)], y[REDUCE_NAME(BLOCK)], sum[REDUCE_NAME(BLOCK)];
 
@@ -77,8 +78,9 @@ static void REDUCE_NAME(importance)(double *restrict w, const double *restrict g
     }
 }
 
-static void REDUCE_NAME(tensor_scores)(lp_values weight, lp_values grad, lp_values square, const size_t *shape,
-                                       size_t ndim, lp_score_kind kind, double *const *outs)
+static void REDUCE_NAME(tensor_scores)(lp_values weight, lp_values grad, lp_values square,
+                                       const size_t *shape, size_t ndim, lp_score_kind kind,
+                                       double *const *outs)
 {
     double w[REDUCE_NAME(BLOCK)], g[REDUCE_NAME(BLOCK)], s[REDUCE_NAME(BLOCK)];
     size_t index[LP_MAX_DIMS] = {0}, inner = shape[ndim - 1], rows = 1;
@@ -124,7 +126,8 @@ static void REDUCE_NAME(tensor_scores)(lp_values weight, lp_values grad, lp_valu
     }
 }
 
-static void REDUCE_NAME(accumulate_square)(void *acc, lp_dtype acc_dtype, lp_values grad, double scale, size_t count)
+static void REDUCE_NAME(accumulate_square)(void *acc, lp_dtype acc_dtype, lp_values grad, double scale,
+                                           size_t count)
 {
     double g[REDUCE_NAME(BLOCK)];
 

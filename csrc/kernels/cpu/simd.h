@@ -13,7 +13,7 @@
 
 /* Every function between LP_TARGET_BEGIN("avx2,fma") and LP_TARGET_END may use those instructions. */
 #if defined(__clang__)
-#define LP_TARGET_BEGIN(features)                                                                                    \
+#define LP_TARGET_BEGIN(features)                                                                            \
     LP_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define LP_TARGET_END LP_PRAGMA(clang attribute pop)
 #define LP_UNROLL LP_PRAGMA(clang loop unroll(full))

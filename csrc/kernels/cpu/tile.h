@@ -19,23 +19,25 @@ typedef struct {
     size_t real;          /* sizeof the arithmetic type */
 
     /* Convert `tokens` rows of `columns` (<= the tile's) elements, `stride` elements apart. */
-    void (*pack_x)(void *target, const void *source, lp_dtype dtype, size_t stride, size_t tokens, size_t columns);
+    void (*pack_x)(void *target, const void *source, lp_dtype dtype, size_t stride, size_t tokens,
+                   size_t columns);
 
     /* The same for dy, split into ceil(columns / rows) tiles. */
-    void (*pack_dy)(void *target, const void *source, lp_dtype dtype, size_t stride, size_t tokens, size_t columns);
+    void (*pack_dy)(void *target, const void *source, lp_dtype dtype, size_t stride, size_t tokens,
+                    size_t columns);
 
     /* `samples` samples of `tokens` tokens each pass through the tile.  With a carry flag samples is 1. */
     void (*run)(void *state, const void *x, const void *dy, size_t tokens, size_t samples, unsigned flags);
 
     /* Elementwise importance of the finished state against a (rows, columns) corner of the weight, where g and s are
      * means over `samples`; its sums are added to row (rows) and column (columns). */
-    void (*reduce)(const void *state, const void *weight, lp_dtype dtype, size_t stride, size_t rows, size_t columns,
-                   size_t samples, unsigned flags, double *row, double *column);
+    void (*reduce)(const void *state, const void *weight, lp_dtype dtype, size_t stride, size_t rows,
+                   size_t columns, size_t samples, unsigned flags, double *row, double *column);
 } lp_tile;
 
 /* linear_scores over a pair of tiles: `single` for F32, BF16 and F16, `twice` for F64.  Checks its arguments. */
-lp_status lp_linear_scores(const lp_tile *single, const lp_tile *twice, const lp_linear *linear, double *row, double *col,
-                           const lp_exec *exec, lp_error *err);
+lp_status lp_linear_scores(const lp_tile *single, const lp_tile *twice, const lp_linear *linear, double *row,
+                           double *col, const lp_exec *exec, lp_error *err);
 
 /* Every build has the plain tiles (portable C); the others exist where their architecture does. */
 extern const lp_tile lp_tile_plain, lp_tile_plain_f64;

@@ -77,7 +77,8 @@ static void TILE_NAME(pack_dy)(void *target, const void *source, lp_dtype dtype,
     }
 }
 
-static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t tokens, size_t samples, unsigned flags)
+static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t tokens, size_t samples,
+                           unsigned flags)
 {
     TILE_REAL *carry = state, *g = carry + TILE_SIZE, *s = g + TILE_SIZE;
     const TILE_REAL *in = x, *out = dy;
@@ -89,14 +90,14 @@ static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t to
             LP_UNROLL
             for (int r = 0; r < TILE_ROWS; r++)
                 LP_UNROLL
-                for (int v = 0; v < TILE_VECTORS; v++)
-                    acc[r][v] = V_LOAD(carry + r * TILE_COLUMNS + v * TILE_LANES);
+            for (int v = 0; v < TILE_VECTORS; v++)
+                acc[r][v] = V_LOAD(carry + r * TILE_COLUMNS + v * TILE_LANES);
         } else {
             LP_UNROLL
             for (int r = 0; r < TILE_ROWS; r++)
                 LP_UNROLL
-                for (int v = 0; v < TILE_VECTORS; v++)
-                    acc[r][v] = V_ZERO();
+            for (int v = 0; v < TILE_VECTORS; v++)
+                acc[r][v] = V_ZERO();
         }
 
         for (size_t t = 0; t < tokens; t++, in += TILE_COLUMNS, out += TILE_ROWS) {
@@ -119,8 +120,8 @@ static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t to
             LP_UNROLL
             for (int r = 0; r < TILE_ROWS; r++)
                 LP_UNROLL
-                for (int v = 0; v < TILE_VECTORS; v++)
-                    V_STORE(carry + r * TILE_COLUMNS + v * TILE_LANES, acc[r][v]);
+            for (int v = 0; v < TILE_VECTORS; v++)
+                V_STORE(carry + r * TILE_COLUMNS + v * TILE_LANES, acc[r][v]);
             continue;
         }
         LP_UNROLL
@@ -144,8 +145,9 @@ static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t to
     }
 }
 
-static void TILE_NAME(reduce)(const void *state, const void *weight, lp_dtype dtype, size_t stride, size_t rows,
-                              size_t columns, size_t samples, unsigned flags, double *row, double *column)
+static void TILE_NAME(reduce)(const void *state, const void *weight, lp_dtype dtype, size_t stride,
+                              size_t rows, size_t columns, size_t samples, unsigned flags, double *row,
+                              double *column)
 {
     const TILE_REAL *g = (const TILE_REAL *)state + TILE_SIZE, *s = g + TILE_SIZE;
     TILE_REAL mean = (TILE_REAL)(1.0 / (double)samples), padded[TILE_COLUMNS] = {0}, sums[TILE_COLUMNS];
@@ -166,7 +168,8 @@ static void TILE_NAME(reduce)(const void *state, const void *weight, lp_dtype dt
             TILE_NAME(convert)(padded, from, dtype, columns);
         for (int v = 0; v < TILE_VECTORS; v++) {
             size_t at = r * TILE_COLUMNS + (size_t)v * TILE_LANES;
-            TILE_V value = V_LOAD(w + v * TILE_LANES), first = V_MUL(V_MUL(V_LOAD(g + at), V_SET(mean)), value), e;
+            TILE_V value = V_LOAD(w + v * TILE_LANES),
+                   first = V_MUL(V_MUL(V_LOAD(g + at), V_SET(mean)), value), e;
 
             if (flags & LP_TILE_SQUARE) {
                 TILE_V half = V_MUL(V_SET((TILE_REAL)0.5 * mean), V_LOAD(s + at));
