@@ -9,6 +9,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "core/backend.h"
 #include "core/status.h"
 
 typedef struct {
@@ -16,6 +17,8 @@ typedef struct {
     PyObject *TraceError;
     PyObject *PlanError;
     PyObject *TensorError;
+    const lp_backend
+        *backend; /* the CPU kernels this process uses; static, never NULL once the module is made */
     PyTypeObject *graph_type; /* _core.Graph; NULL until lp_binding_add_graph made it */
 } lp_module_state;
 
@@ -32,6 +35,10 @@ int lp_binding_add_errors(PyObject *module, lp_module_state *state);
  * sentence and returns NULL, so that a call can `return lp_raise(state, &err)`.  A NULL or LP_OK err is our own bug and
  * raises SystemError. */
 PyObject *lp_raise(const lp_module_state *state, const lp_error *err);
+
+/* kernels.c: choose the CPU kernels (environment variable LLMPRUNE_SIMD, else the best) and add the functions that call
+ * them to `module`.  -1 with an exception set on failure. */
+int lp_binding_add_kernels(PyObject *module, lp_module_state *state);
 
 /* select.c: add rank and merge to `module`.  -1 with an exception set on failure. */
 int lp_binding_add_select(PyObject *module);

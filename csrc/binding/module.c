@@ -4,7 +4,7 @@ static int module_exec(PyObject *module)
 {
     lp_module_state *state = lp_binding_state(module);
 
-    if (lp_binding_add_errors(module, state) < 0)
+    if (lp_binding_add_errors(module, state) < 0 || lp_binding_add_kernels(module, state) < 0)
         return -1;
     return lp_binding_add_select(module);
 }

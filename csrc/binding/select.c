@@ -43,10 +43,10 @@ static PyObject *rank(PyObject *module, PyObject *args)
                      scores.shape[0]);
         goto release_order;
     }
-    Py_BEGIN_ALLOW_THREADS status =
-        lp_select_rank(&allocator, scores.buf, (size_t)scores.shape[0], order.buf, &err);
-    Py_END_ALLOW_THREADS result =
-        status == LP_OK ? Py_NewRef(Py_None) : lp_raise(lp_binding_state(module), &err);
+    Py_BEGIN_ALLOW_THREADS
+    status = lp_select_rank(&allocator, scores.buf, (size_t)scores.shape[0], order.buf, &err);
+    Py_END_ALLOW_THREADS
+    result = status == LP_OK ? Py_NewRef(Py_None) : lp_raise(lp_binding_state(module), &err);
 
 release_order:
     PyBuffer_Release(&order);
@@ -79,10 +79,10 @@ static PyObject *merge(PyObject *module, PyObject *args)
                      "offsets must end at the number of keys, %zd, which sequence must hold", keys.shape[0]);
         goto release_sequence;
     }
-    Py_BEGIN_ALLOW_THREADS status =
-        lp_select_merge(&allocator, keys.buf, offsets.buf, (size_t)axes, sequence.buf, &err);
-    Py_END_ALLOW_THREADS result =
-        status == LP_OK ? Py_NewRef(Py_None) : lp_raise(lp_binding_state(module), &err);
+    Py_BEGIN_ALLOW_THREADS
+    status = lp_select_merge(&allocator, keys.buf, offsets.buf, (size_t)axes, sequence.buf, &err);
+    Py_END_ALLOW_THREADS
+    result = status == LP_OK ? Py_NewRef(Py_None) : lp_raise(lp_binding_state(module), &err);
 
 release_sequence:
     PyBuffer_Release(&sequence);

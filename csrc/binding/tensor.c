@@ -1,0 +1,595 @@
+#include "tensor.h"
+
+#include LLMPRUNE_DLPACK_H
+
+#include <string.h>
+
+static const struct {
+    uint8_t code, bits;
+    lp_element element;
+    const char *name;
+} elements[] = {
+    {kDLFloat, 64, LP_ELEMENT_F64, "float64"}, {kDLFloat, 32, LP_ELEMENT_F32, "float32"},
+    {kDLFloat, 16, LP_ELEMENT_F16, "float16"}, {kDLBfloat, 16, LP_ELEMENT_BF16, "bfloat16"},
+    {kDLInt, 8, LP_ELEMENT_I8, "int8"},        {kDLUInt, 8, LP_ELEMENT_U8, "uint8"},
+    {kDLInt, 16, LP_ELEMENT_I16, "int16"},     {kDLInt, 32, LP_ELEMENT_I32, "int32"},
+    {kDLInt, 64, LP_ELEMENT_I64, "int64"},     {kDLBool, 8, LP_ELEMENT_BOOL, "bool"},
+};
+enum { ELEMENTS = sizeof elements / sizeof elements[0] };
+
+const char *lp_element_name(lp_element element)
+{
+    for (size_t i = 0; i < ELEMENTS; i++)
+        if (elements[i].element == element)
+            return elements[i].name;
+    return "unknown";
+}
+
+static const char *device_name(long type)
+{
+    switch (type) {
+    case kDLCPU:
+        return "cpu";
+    case kDLCUDA:
+        return "cuda";
+    case kDLCUDAHost:
+        return "cuda_host";
+    case kDLCUDAManaged:
+        return "cuda_managed";
+    case kDLROCM:
+        return "rocm";
+    case kDLMetal:
+        return "mps";
+    case kDLOneAPI:
+        return "xpu";
+    default:
+        return "an accelerator";
+    }
+}
+
+static bool on_cpu(long type)
+{
+    return type == kDLCPU || type == kDLCUDAHost;
+}
+
+/* --- refusals raised by the producer --------------------------------------------------------------------------- */
+
+/* The pending exception becomes the cause of a TensorError with the sentence `format % (name, detail)`; exceptions that
+ * are no refusal of this tensor (MemoryError, KeyboardInterrupt, ...) pass unchanged. */
+static int refuse_because(const lp_module_state *state, const char *format, const char *name,
+                          PyObject *detail)
+{
+    PyObject *type, *value, *trace, *sentence, *error = NULL;
+
+    if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError))
+        return -1;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (trace != NULL)
+        (void)PyException_SetTraceback(value, trace);
+    sentence = PyUnicode_FromFormat(format, name, detail != NULL ? detail : value);
+    if (sentence != NULL)
+        error = PyObject_CallOneArg(state->TensorError, sentence);
+    Py_XDECREF(sentence);
+    if (error != NULL) {
+        PyException_SetCause(error, Py_NewRef(value));
+        PyErr_SetObject(state->TensorError, error);
+        Py_DECREF(error);
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return -1;
+}
+
+/* An attribute's value, or NULL without an exception where it is missing or its getter raises. */
+static PyObject *attribute_or_null(PyObject *object, const char *name)
+{
+    PyObject *value = PyObject_GetAttrString(object, name);
+
+    if (value == NULL)
+        PyErr_Clear();
+    return value;
+}
+
+static int refuse_device(const lp_module_state *state, PyObject *object, const char *name)
+{
+    PyObject *type, *value, *trace, *device;
+    int result;
+
+    PyErr_Fetch(&type, &value, &trace);
+    device = attribute_or_null(object, "device");
+    PyErr_Restore(type, value, trace);
+    result =
+        device != NULL
+            ? refuse_because(state, "%s: the tensor is on device %S; move it to the CPU first", name, device)
+            : refuse_because(state, "%s: the tensor does not say which device it is on (%S)", name, NULL);
+    Py_XDECREF(device);
+    return result;
+}
+
+static int refuse_export(const lp_module_state *state, PyObject *object, const char *name)
+{
+    PyObject *type, *value, *trace, *flag;
+    int grad;
+
+    PyErr_Fetch(&type, &value, &trace);
+    flag = attribute_or_null(object, "requires_grad");
+    grad = flag == Py_True;
+    Py_XDECREF(flag);
+    PyErr_Restore(type, value, trace);
+    if (grad)
+        return refuse_because(state, "%s: the tensor requires gradients; hand over tensor.detach()", name,
+                              NULL);
+    return refuse_because(state, "%s: the tensor cannot be handed over without a copy (%S)", name, NULL);
+}
+
+/* --- asking -------------------------------------------------------------------------------------------------------- */
+
+static int check_device(const lp_module_state *state, PyObject *object, const char *name)
+{
+    PyObject *pair;
+    long type;
+
+    pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
+    if (pair == NULL)
+        return refuse_device(state, object, name);
+    if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2) {
+        Py_DECREF(pair);
+        PyErr_Format(state->TensorError, "%s: __dlpack_device__ must return a (type, index) pair", name);
+        return -1;
+    }
+    type = PyLong_AsLong(PyTuple_GET_ITEM(pair, 0));
+    Py_DECREF(pair);
+    if (type == -1 && PyErr_Occurred())
+        return refuse_because(state, "%s: the tensor does not say which device it is on (%S)", name, NULL);
+    if (!on_cpu(type)) {
+        PyErr_Format(state->TensorError,
+                     "%s: the tensor is on device %s (DLPack type %ld); move it to the CPU first", name,
+                     device_name(type), type);
+        return -1;
+    }
+    return 0;
+}
+
+/* object.__dlpack__(stream=None, max_version=(1, 0), copy=False), else __dlpack__(stream=None) for producers that
+ * predate DLPack 1.0 and know neither keyword. */
+static PyObject *export_capsule(const lp_module_state *state, PyObject *object, const char *name)
+{
+    PyObject *method, *none = NULL, *keywords = NULL, *capsule = NULL;
+
+    method = PyObject_GetAttrString(object, "__dlpack__");
+    if (method == NULL) {
+        (void)refuse_export(state, object, name);
+        return NULL;
+    }
+    none = PyTuple_New(0);
+    keywords = Py_BuildValue("{s:O,s:(ii),s:O}", "stream", Py_None, "max_version", 1, 0, "copy", Py_False);
+    if (none == NULL || keywords == NULL)
+        goto done;
+    capsule = PyObject_Call(method, none, keywords);
+    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear();
+        if (PyDict_DelItemString(keywords, "max_version") < 0 || PyDict_DelItemString(keywords, "copy") < 0)
+            goto done;
+        capsule = PyObject_Call(method, none, keywords);
+    }
+    if (capsule == NULL)
+        (void)refuse_export(state, object, name);
+done:
+    Py_DECREF(method);
+    Py_XDECREF(none);
+    Py_XDECREF(keywords);
+    return capsule;
+}
+
+/* --- reading a DLTensor -------------------------------------------------------------------------------------------- */
+
+static int read_dtype(lp_view *view, const lp_module_state *state, const DLTensor *tensor)
+{
+    for (size_t i = 0; i < ELEMENTS; i++) {
+        if (elements[i].code == tensor->dtype.code && elements[i].bits == tensor->dtype.bits &&
+            tensor->dtype.lanes == 1) {
+            view->element = elements[i].element;
+            view->itemsize = elements[i].bits / 8u;
+            return 0;
+        }
+    }
+    PyErr_Format(
+        state->TensorError,
+        "%s: unsupported element type (DLPack code %d, %d bits, %d lanes); convert the tensor to float64, "
+        "float32, float16, bfloat16, bool or an integer type first",
+        view->name, (int)tensor->dtype.code, (int)tensor->dtype.bits, (int)tensor->dtype.lanes);
+    return -1;
+}
+
+/* shape, strides and numel; sizes whose bytes do not fit int64 are refused so that later products cannot overflow. */
+static int read_layout(lp_view *view, const lp_module_state *state, int ndim, const int64_t *shape,
+                       const int64_t *strides)
+{
+    int64_t numel = 1, bound = (int64_t)view->itemsize;
+
+    if (ndim < 0 || ndim > LP_MAX_DIMS) {
+        PyErr_Format(state->TensorError, "%s: the tensor has %d dimensions; at most %d are supported",
+                     view->name, ndim, (int)LP_MAX_DIMS);
+        return -1;
+    }
+    view->ndim = ndim;
+    for (int d = 0; d < ndim; d++) {
+        if (shape[d] < 0 || !lp_mul_i64(bound, shape[d] > 0 ? shape[d] : 1, &bound)) {
+            PyErr_Format(state->TensorError, "%s: dimension %d has the impossible size %lld", view->name, d,
+                         (long long)shape[d]);
+            return -1;
+        }
+        view->shape[d] = shape[d];
+        numel *= shape[d];
+    }
+    view->numel = numel;
+    if (strides != NULL) {
+        for (int d = 0; d < ndim; d++)
+            view->strides[d] = strides[d];
+    } else {
+        int64_t stride = 1;
+        for (int d = ndim - 1; d >= 0; d--) {
+            view->strides[d] = stride;
+            stride *= shape[d] > 0 ? shape[d] : 1;
+        }
+    }
+    return 0;
+}
+
+static int read_tensor(lp_view *view, const lp_module_state *state, const DLTensor *tensor, unsigned need)
+{
+    if (!on_cpu((long)tensor->device.device_type)) {
+        PyErr_Format(state->TensorError, "%s: the capsule's tensor is on device %s; move it to the CPU first",
+                     view->name, device_name((long)tensor->device.device_type));
+        return -1;
+    }
+    if (read_dtype(view, state, tensor) < 0 ||
+        read_layout(view, state, tensor->ndim, tensor->shape, tensor->strides) < 0)
+        return -1;
+    if (tensor->data != NULL)
+        view->data = (char *)tensor->data + tensor->byte_offset;
+    if (view->numel > 0 && (view->data == NULL || (uintptr_t)view->data % view->itemsize != 0)) {
+        PyErr_Format(state->TensorError,
+                     "%s: the tensor's data is not aligned to its %zu-byte elements; copy it first",
+                     view->name, view->itemsize);
+        return -1;
+    }
+    if (view->readonly && (need & LP_VIEW_WRITABLE)) {
+        PyErr_Format(state->TensorError,
+                     "%s: the tensor is read-only and would be written to; pass a writable one", view->name);
+        return -1;
+    }
+    if ((need & LP_VIEW_CONTIGUOUS) && !lp_view_is_contiguous(view)) {
+        PyErr_Format(state->TensorError, "%s: the tensor is not contiguous; hand over tensor.contiguous()",
+                     view->name);
+        return -1;
+    }
+    return 0;
+}
+
+/* The capsule's tensor, all checks passed but nothing taken over yet. */
+static int read_capsule(lp_view *view, const lp_module_state *state, PyObject *capsule, unsigned need)
+{
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+        DLManagedTensorVersioned *managed =
+            (DLManagedTensorVersioned *)PyCapsule_GetPointer(capsule, "dltensor_versioned");
+        if (managed->version.major != 1) {
+            PyErr_Format(state->TensorError, "%s: the producer speaks DLPack %u.%u and llmprune speaks 1.x",
+                         view->name, (unsigned)managed->version.major, (unsigned)managed->version.minor);
+            return -1;
+        }
+        if ((managed->flags & DLPACK_FLAG_BITMASK_IS_COPIED) && (need & LP_VIEW_WRITABLE)) {
+            PyErr_Format(state->TensorError,
+                         "%s: the producer handed over a copy, so writing to it would be lost", view->name);
+            return -1;
+        }
+        view->readonly = (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
+        view->managed = managed;
+        view->owner = LP_OWNER_DLPACK;
+        return read_tensor(view, state, &managed->dl_tensor, need);
+    }
+    if (PyCapsule_IsValid(capsule, "dltensor")) {
+        DLManagedTensor *managed = (DLManagedTensor *)PyCapsule_GetPointer(capsule, "dltensor");
+        view->managed = managed;
+        view->owner = LP_OWNER_DLPACK_LEGACY;
+        return read_tensor(view, state, &managed->dl_tensor, need);
+    }
+    PyErr_Format(state->TensorError, "%s: __dlpack__ returned no DLPack capsule that is still unused",
+                 view->name);
+    return -1;
+}
+
+int lp_view_adopt(lp_view *view, const lp_module_state *state, PyObject *object, const char *name,
+                  unsigned need)
+{
+    PyObject *capsule = NULL;
+
+    memset(view, 0, sizeof *view);
+    view->name = name;
+    if (!PyObject_HasAttrString(object, "__dlpack__") ||
+        !PyObject_HasAttrString(object, "__dlpack_device__")) {
+        PyErr_Format(state->TensorError, "%s: expected a tensor (an object with __dlpack__), got %.100s",
+                     name, Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    if (check_device(state, object, name) < 0)
+        return -1;
+    capsule = export_capsule(state, object, name);
+    if (capsule == NULL)
+        return -1;
+    if (read_capsule(view, state, capsule, need) < 0 ||
+        PyCapsule_SetName(capsule,
+                          view->owner == LP_OWNER_DLPACK ? "used_dltensor_versioned" : "used_dltensor") < 0) {
+        /* Still unused: the capsule's own destructor hands the memory back. */
+        memset(view, 0, sizeof *view);
+        Py_DECREF(capsule);
+        return -1;
+    }
+    Py_DECREF(capsule);
+    return 0;
+}
+
+/* --- NumPy arrays -------------------------------------------------------------------------------------------------- */
+
+static bool format_is(const char *format, lp_element element)
+{
+    if (format == NULL)
+        return false;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    if (*format == '<')
+        format++;
+#endif
+    if (*format == '@' || *format == '=')
+        format++;
+    if (format[0] == '\0' || format[1] != '\0')
+        return false;
+    return element == LP_ELEMENT_F64 ? format[0] == 'd' : format[0] == 'l' || format[0] == 'q';
+}
+
+int lp_view_adopt_array(lp_view *view, const lp_module_state *state, PyObject *object, const char *name,
+                        lp_element element, int ndim, unsigned need)
+{
+    int64_t shape[LP_MAX_DIMS];
+    Py_buffer *buffer = &view->buffer;
+
+    memset(view, 0, sizeof *view);
+    view->name = name;
+    if (!PyObject_CheckBuffer(object)) {
+        PyErr_Format(state->TensorError, "%s: expected a NumPy array of %s, got %.100s", name,
+                     lp_element_name(element), Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    /* Strides are asked for only to be able to say what is wrong with them. */
+    if (PyObject_GetBuffer(object, buffer, PyBUF_STRIDES | PyBUF_FORMAT) < 0)
+        return refuse_because(state, "%s: the array cannot be used in place (%S)", name, NULL);
+    view->owner = LP_OWNER_BUFFER;
+    view->element = element;
+    view->itemsize = sizeof(double);
+    if (!format_is(buffer->format, element) || buffer->itemsize != (Py_ssize_t)view->itemsize) {
+        PyErr_Format(state->TensorError, "%s: expected an array of %s, got one of buffer format '%.20s'",
+                     name, lp_element_name(element), buffer->format != NULL ? buffer->format : "B");
+        goto refused;
+    }
+    if (buffer->ndim != ndim) {
+        PyErr_Format(state->TensorError, "%s: expected an array of %d dimension%s, got %d", name, ndim,
+                     ndim == 1 ? "" : "s", buffer->ndim);
+        goto refused;
+    }
+    if (buffer->readonly && (need & LP_VIEW_WRITABLE)) {
+        PyErr_Format(state->TensorError,
+                     "%s: the array is read-only and would be written to; pass a writable one", name);
+        goto refused;
+    }
+    if (!PyBuffer_IsContiguous(buffer, 'C')) {
+        PyErr_Format(state->TensorError, "%s: the array is not contiguous; pass numpy.ascontiguousarray(...)",
+                     name);
+        goto refused;
+    }
+    for (int d = 0; d < ndim; d++)
+        shape[d] = buffer->shape[d];
+    if (read_layout(view, state, ndim, shape, NULL) < 0)
+        goto refused;
+    view->data = buffer->buf;
+    view->readonly = buffer->readonly != 0;
+    if (view->numel > 0 && (uintptr_t)view->data % view->itemsize != 0) {
+        PyErr_Format(state->TensorError, "%s: the array's data is not aligned; copy it first", name);
+        goto refused;
+    }
+    return 0;
+refused:
+    lp_view_release(view);
+    return -1;
+}
+
+void lp_view_release(lp_view *view)
+{
+    PyObject *type, *value, *trace;
+    lp_owner owner = view->owner;
+
+    if (owner == LP_OWNER_NONE)
+        return;
+    view->owner = LP_OWNER_NONE;
+    PyErr_Fetch(&type, &value, &trace);
+    if (owner == LP_OWNER_BUFFER) {
+        PyBuffer_Release(&view->buffer);
+    } else if (owner == LP_OWNER_DLPACK) {
+        DLManagedTensorVersioned *managed = (DLManagedTensorVersioned *)view->managed;
+        if (managed->deleter != NULL)
+            managed->deleter(managed);
+    } else {
+        DLManagedTensor *managed = (DLManagedTensor *)view->managed;
+        if (managed->deleter != NULL)
+            managed->deleter(managed);
+    }
+    memset(view, 0, sizeof *view);
+    PyErr_Restore(type, value, trace);
+}
+
+/* --- layout -------------------------------------------------------------------------------------------------------- */
+
+bool lp_view_is_contiguous(const lp_view *view)
+{
+    int64_t stride = 1;
+
+    if (view->numel == 0)
+        return true;
+    for (int d = view->ndim - 1; d >= 0; d--) {
+        if (view->shape[d] == 1)
+            continue;
+        if (view->strides[d] != stride)
+            return false;
+        stride *= view->shape[d];
+    }
+    return true;
+}
+
+bool lp_view_dense_order(const lp_view *view, int order[LP_MAX_DIMS])
+{
+    int64_t stride = 1;
+    int ones = 0;
+
+    /* Dimensions of size 1, whose strides mean nothing, go outermost; the others by falling stride. */
+    for (int d = 0; d < view->ndim; d++)
+        if (view->shape[d] == 1)
+            order[ones++] = d;
+    for (int d = 0, placed = ones; d < view->ndim; d++) {
+        int place = placed;
+        if (view->shape[d] == 1)
+            continue;
+        for (; place > ones && view->strides[order[place - 1]] < view->strides[d]; place--)
+            order[place] = order[place - 1];
+        order[place] = d;
+        placed++;
+    }
+    if (view->numel == 0)
+        return true;
+    for (int i = view->ndim - 1; i >= ones; i--) {
+        int d = order[i];
+        if (view->strides[d] != stride)
+            return false;
+        stride *= view->shape[d];
+    }
+    return true;
+}
+
+/* First byte and one past the last byte of a view that has elements. */
+static void byte_range(const lp_view *view, uintptr_t *first, uintptr_t *end)
+{
+    int64_t low = 0, high = 0;
+
+    for (int d = 0; d < view->ndim; d++) {
+        int64_t reach = (view->shape[d] - 1) * view->strides[d];
+        if (reach < 0)
+            low += reach;
+        else
+            high += reach;
+    }
+    *first = (uintptr_t)view->data - (uintptr_t)(-low) * view->itemsize;
+    *end = (uintptr_t)view->data + ((uintptr_t)high + 1) * view->itemsize;
+}
+
+bool lp_view_overlaps(const lp_view *a, const lp_view *b)
+{
+    uintptr_t a_first, a_end, b_first, b_end;
+
+    if (a->numel == 0 || b->numel == 0)
+        return false;
+    byte_range(a, &a_first, &a_end);
+    byte_range(b, &b_first, &b_end);
+    return a_first < b_end && b_first < a_end;
+}
+
+/* --- checks -------------------------------------------------------------------------------------------------------- */
+
+int lp_view_float(const lp_module_state *state, const lp_view *view, lp_dtype *dtype)
+{
+    switch (view->element) {
+    case LP_ELEMENT_F32:
+        *dtype = LP_F32;
+        return 0;
+    case LP_ELEMENT_F64:
+        *dtype = LP_F64;
+        return 0;
+    case LP_ELEMENT_F16:
+        *dtype = LP_F16;
+        return 0;
+    case LP_ELEMENT_BF16:
+        *dtype = LP_BF16;
+        return 0;
+    default:
+        PyErr_Format(state->TensorError, "%s: expected floating-point numbers, got %s", view->name,
+                     lp_element_name(view->element));
+        return -1;
+    }
+}
+
+int lp_view_same_element(const lp_module_state *state, const lp_view *a, const lp_view *b)
+{
+    if (a->element == b->element)
+        return 0;
+    PyErr_Format(state->TensorError, "%s is %s but %s is %s; they must have one element type", a->name,
+                 lp_element_name(a->element), b->name, lp_element_name(b->element));
+    return -1;
+}
+
+int lp_view_same_shape(const lp_module_state *state, const lp_view *a, const lp_view *b)
+{
+    if (a->ndim != b->ndim) {
+        PyErr_Format(state->TensorError, "%s has %d dimensions but %s has %d; they must have one shape",
+                     a->name, a->ndim, b->name, b->ndim);
+        return -1;
+    }
+    for (int d = 0; d < a->ndim; d++) {
+        if (a->shape[d] != b->shape[d]) {
+            PyErr_Format(state->TensorError, "dimension %d of %s has %lld elements but that of %s has %lld",
+                         d, a->name, (long long)a->shape[d], b->name, (long long)b->shape[d]);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+int lp_view_has_size(const lp_module_state *state, const lp_view *view, int dim, int64_t size,
+                     const char *meaning)
+{
+    if (view->shape[dim] == size)
+        return 0;
+    PyErr_Format(state->TensorError, "%s: dimension %d has %lld elements, expected %lld (%s)", view->name,
+                 dim, (long long)view->shape[dim], (long long)size, meaning);
+    return -1;
+}
+
+int lp_view_apart(const lp_module_state *state, const lp_view *out, const lp_view *other)
+{
+    if (!lp_view_overlaps(out, other))
+        return 0;
+    PyErr_Format(state->TensorError, "%s shares memory with %s; an output must have memory of its own",
+                 out->name, other->name);
+    return -1;
+}
+
+int lp_view_positions(const lp_module_state *state, const lp_view *view, int64_t size)
+{
+    const int64_t *positions = (const int64_t *)view->data;
+
+    if (view->numel == 0) {
+        PyErr_Format(state->TensorError, "%s: no position is kept; at least one must stay", view->name);
+        return -1;
+    }
+    for (int64_t i = 0; i < view->numel; i++) {
+        if (positions[i] < 0 || positions[i] >= size) {
+            PyErr_Format(state->TensorError, "%s: position %lld is outside 0..%lld", view->name,
+                         (long long)positions[i], (long long)size - 1);
+            return -1;
+        }
+        if (i > 0 && positions[i] <= positions[i - 1]) {
+            PyErr_Format(state->TensorError,
+                         "%s: position %lld follows %lld; positions must be sorted and unique", view->name,
+                         (long long)positions[i], (long long)positions[i - 1]);
+            return -1;
+        }
+    }
+    return 0;
+}
