@@ -36,6 +36,9 @@ int lp_binding_add_errors(PyObject *module, lp_module_state *state);
  * raises SystemError. */
 PyObject *lp_raise(const lp_module_state *state, const lp_error *err);
 
+/* errors.c: what a call without a result returns: NULL if an exception is set already, None for LP_OK, else lp_raise. */
+PyObject *lp_finish(const lp_module_state *state, lp_status status, const lp_error *err);
+
 /* kernels.c: choose the CPU kernels (environment variable LLMPRUNE_SIMD, else the best) and add the functions that call
  * them to `module`.  -1 with an exception set on failure. */
 int lp_binding_add_kernels(PyObject *module, lp_module_state *state);

@@ -72,3 +72,10 @@ PyObject *lp_raise(const lp_module_state *state, const lp_error *err)
         PyErr_SetString(type, err->message);
     return NULL;
 }
+
+PyObject *lp_finish(const lp_module_state *state, lp_status status, const lp_error *err)
+{
+    if (PyErr_Occurred())
+        return NULL;
+    return status == LP_OK ? Py_NewRef(Py_None) : lp_raise(state, err);
+}

@@ -67,20 +67,6 @@ static int adopt_sums(lp_view *view, const lp_module_state *state, PyObject *obj
     return 0;
 }
 
-static void release_all(lp_view *views, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        lp_view_release(&views[i]);
-}
-
-/* What a call returns: None, or the exception that belongs to the status, or NULL where one is set already. */
-static PyObject *finish(const lp_module_state *state, lp_status status, const lp_error *err)
-{
-    if (PyErr_Occurred())
-        return NULL;
-    return status == LP_OK ? Py_NewRef(Py_None) : lp_raise(state, err);
-}
-
 /* --- importance -------------------------------------------------------------------------------------------------- */
 
 static PyObject *linear_scores(PyObject *module, PyObject *args, PyObject *keywords)
@@ -139,8 +125,8 @@ static PyObject *linear_scores(PyObject *module, PyObject *args, PyObject *keywo
     status = state->backend->linear_scores(&linear, views[ROW].data, views[COL].data, &exec, &err);
     Py_END_ALLOW_THREADS
 done:
-    release_all(views, VIEWS);
-    return finish(state, status, &err);
+    lp_view_release_all(views, VIEWS);
+    return lp_finish(state, status, &err);
 }
 
 static PyObject *dot_columns(PyObject *module, PyObject *args, PyObject *keywords)
@@ -173,8 +159,8 @@ static PyObject *dot_columns(PyObject *module, PyObject *args, PyObject *keyword
                                          (size_t)views[A].shape[1], views[OUT].data, &exec, &err);
     Py_END_ALLOW_THREADS
 done:
-    release_all(views, VIEWS);
-    return finish(state, status, &err);
+    lp_view_release_all(views, VIEWS);
+    return lp_finish(state, status, &err);
 }
 
 static int parse_kind(const char *text, lp_score_kind *kind)
@@ -271,9 +257,9 @@ static PyObject *tensor_scores(PyObject *module, PyObject *args, PyObject *keywo
                                            (size_t)views[WEIGHT].ndim, kind, sums, &exec, &err);
     Py_END_ALLOW_THREADS
 done:
-    release_all(views, VIEWS);
+    lp_view_release_all(views, VIEWS);
     Py_DECREF(entries);
-    return finish(state, status, &err);
+    return lp_finish(state, status, &err);
 }
 
 static PyObject *accumulate_square(PyObject *module, PyObject *args, PyObject *keywords)
@@ -316,8 +302,8 @@ static PyObject *accumulate_square(PyObject *module, PyObject *args, PyObject *k
                                                (size_t)views[ACC].numel, &exec, &err);
     Py_END_ALLOW_THREADS
 done:
-    release_all(views, VIEWS);
-    return finish(state, status, &err);
+    lp_view_release_all(views, VIEWS);
+    return lp_finish(state, status, &err);
 }
 
 /* --- compaction -------------------------------------------------------------------------------------------------- */
@@ -415,7 +401,7 @@ static PyObject *compact(PyObject *module, PyObject *args, PyObject *keywords)
             PyTuple_SET_ITEM(result, d, size);
     }
 done:
-    release_all(set.views, LP_MAX_DIMS);
+    lp_view_release_all(set.views, LP_MAX_DIMS);
     lp_view_release(&view);
     return result;
 }
@@ -457,9 +443,9 @@ static PyObject *compact_into(PyObject *module, PyObject *args, PyObject *keywor
                                           shape, (size_t)views[SOURCE].ndim, set.kept, &exec, &err);
     Py_END_ALLOW_THREADS
 done:
-    release_all(set.views, LP_MAX_DIMS);
-    release_all(views, VIEWS);
-    return finish(state, status, &err);
+    lp_view_release_all(set.views, LP_MAX_DIMS);
+    lp_view_release_all(views, VIEWS);
+    return lp_finish(state, status, &err);
 }
 
 /* --- the table --------------------------------------------------------------------------------------------------- */

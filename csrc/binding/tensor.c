@@ -427,6 +427,12 @@ void lp_view_release(lp_view *view)
     PyErr_Restore(type, value, trace);
 }
 
+void lp_view_release_all(lp_view *views, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        lp_view_release(&views[i]);
+}
+
 /* --- layout -------------------------------------------------------------------------------------------------------- */
 
 bool lp_view_is_contiguous(const lp_view *view)

@@ -62,6 +62,7 @@ int lp_view_adopt_array(lp_view *view, const lp_module_state *state, PyObject *o
 
 /* Hand the memory back to its producer and empty the view.  GIL held; a pending exception survives. */
 void lp_view_release(lp_view *view);
+void lp_view_release_all(lp_view *views, size_t count);
 
 /* Name of an element type as torch spells it ("bfloat16"). */
 const char *lp_element_name(lp_element element);
