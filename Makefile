@@ -31,12 +31,13 @@ EXTENSION := $(VENV)/.extension
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch -e ".[test]"
+	@echo "installing llmprune and what its tests need into $(VENV)"
+	LLMPRUNE_WERROR=1 $(BIN)/pip install --quiet -c constraints.txt torch -e ".[test]"
 	@touch $@
 
 # Rebuilt with warnings as errors whenever a C file or setup.py changed after the editable install.
 $(EXTENSION): $(INSTALLED) setup.py $(C_FILES)
-	LLMPRUNE_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+	LLMPRUNE_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # --- the two commands of the README ---------------------------------------------------------------------------------

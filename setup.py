@@ -51,7 +51,7 @@ setup(
         Extension(
             "llmprune._core",
             sources=matching(SOURCES),
-            depends=matching(HEADERS),
+            depends=[*matching(HEADERS), "setup.py"],
             include_dirs=["csrc"],
             define_macros=[("_GNU_SOURCE", "1"), dlpack_define()],
             extra_compile_args=[*flags, "-pthread"],
