@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dlpack import COPIED, CUDA, READ_ONLY, Producer, Versioned, name_of
+from dlpack_producer import COPIED, CUDA, READ_ONLY, Producer, Versioned, name_of
 
 from llmprune import _core
 from llmprune.errors import LlmpruneError, TensorError
