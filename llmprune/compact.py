@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from llmprune import record
+from llmprune import _core, record
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.record import AttributeValue, Compaction, Positions
@@ -61,8 +62,8 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
     optimizer's own state for it has the old shape too: make optimizers after pruning.
 
     Everything that can be wrong with the plan or the tensors is found before the first change. From there on Ctrl-C is
-    held back until the model is whole again (then raised); should the machine fail in between (no memory for one
-    matrix), the model is left unusable and says so when it is called.
+    held back until the model is whole again (then raised). A matrix for whose smaller copy there is no memory is
+    compacted inside its own; should something fail all the same, the model is left unusable and says so when called.
 
     Args:
         model: the model the plan was made for.
@@ -160,10 +161,33 @@ def prepare(model: nn.Module, plan: Any) -> tuple[list[Cut], list[AttributeValue
 
 def gather(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
     """The kept positions of ``tensor`` as a new contiguous tensor of its own; ``tensor`` is not changed."""
-    out = tensor.detach()
-    for dim, positions in kept.items():
-        out = out.index_select(dim, torch.as_tensor(positions, device=out.device))
-    return out.contiguous()
+    source, word = tensor.detach(), _WORDS.get(tensor.element_size())
+    if source.device.type != "cpu" or word is None or not source.numel() or not kept:
+        # Other devices and element sizes have no kernel of ours: a copy for each dimension.
+        for dim, positions in kept.items():
+            source = source.index_select(dim, torch.as_tensor(positions, device=source.device))
+        return source.clone(memory_format=torch.contiguous_format) if not kept else source.contiguous()
+    source = source.contiguous()
+    shape = [len(kept[d]) if d in kept else n for d, n in enumerate(source.shape)]
+    out = torch.empty(shape, dtype=source.dtype)
+    _core.compact_into(out.view(word), source.view(word), dict(kept))
+    return out
+
+
+def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
+    """The kept positions of a dense CPU tensor, moved together at the front of its own memory; nothing is allocated.
+
+    Returns:
+        A view of that front. What ``tensor`` held is gone, and the memory behind the front stays taken.
+
+    Raises:
+        TensorError: not a contiguous CPU tensor of elements of 1, 2, 4 or 8 bytes.
+    """
+    whole, word = tensor.detach(), _WORDS.get(tensor.element_size())
+    if whole.device.type != "cpu" or word is None or not whole.is_contiguous():
+        raise TensorError(f"a tensor of {tensor.dtype} on {tensor.device} cannot be compacted in its own memory")
+    shape = _core.compact(whole.view(word), dict(kept))
+    return whole.view(-1)[: math.prod(shape)].view(shape)
 
 
 def set_attributes(model: nn.Module, attributes: Iterable[AttributeValue]) -> None:
@@ -273,7 +297,7 @@ def _checked_positions(name: str, tensor: torch.Tensor, dims: Mapping[int, Any])
             raise PlanError(
                 f"kept positions of {name} dimension {dim} must rise strictly within 0..{size - 1}"
             )
-        out[dim] = chosen.astype(np.int64, copy=False)
+        out[dim] = np.ascontiguousarray(chosen, dtype=np.int64)
     return out
 
 
@@ -313,7 +337,12 @@ def _extent(tensor: torch.Tensor) -> int:
 
 def _replace(cut: Cut) -> None:
     """Give the cut's tensor object its smaller data; the old memory is free when this returns."""
-    smaller, tensor = gather(cut.tensor, cut.kept), cut.tensor
+    tensor = cut.tensor
+    try:
+        smaller = gather(tensor, cut.kept)
+    except (MemoryError, RuntimeError):  # torch reports exhausted memory as a RuntimeError
+        smaller = squeeze(tensor, cut.kept)
+        log.warning("no memory for a second %s: compacted in place, its old size stays taken", cut.name)
     tensor.grad = None
     # Autograd keeps a gradient's expected shape while an earlier graph lives; a change of dtype makes it forget.
     other = torch.float32 if tensor.dtype is not torch.float32 else torch.float64

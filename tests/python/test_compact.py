@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from compact_plans import FFN, GROUPS, HEADS, attribute, ids, keep, llama, llama_plan, zeroed_logits
 from torch import nn
 
-from llmprune.compact import compact, compacted_copy, gather
+from llmprune.compact import compact, compacted_copy, gather, squeeze
 from llmprune.errors import PlanError, TensorError
 from llmprune.record import Compaction, fingerprint
 
@@ -369,21 +370,42 @@ def test_interrupt_is_delivered_after_the_cut(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(model(ids()).logits, expected, rtol=0, atol=1e-12)
 
 
-def test_failure_in_the_middle_leaves_a_model_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_after(count: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the named functions of the compact module raise once ``count`` tensors have been gathered."""
     module = importlib.import_module("llmprune.compact")
+    left = [count]
 
+    def limited(real: Any) -> Any:
+        def call(tensor: torch.Tensor, kept: dict[int, np.ndarray]) -> torch.Tensor:
+            left[0] -= 1
+            if left[0] < 0:
+                raise error("no memory for a matrix")
+            return real(tensor, kept)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, limited(getattr(module, name)))
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_without_memory_for_a_copy_tensors_are_compacted_in_place(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = llama()
     plan = llama_plan(model, FFN_CUT, HEAD_CUT)
-    real = module.gather
-    left = [3]
+    expected = zeroed_logits(model, plan, ids())
+    fail_after(3, error, monkeypatch, "gather")
+    compact(model, plan)
+    assert "compacted in place" in caplog.text
+    assert model.llmprune.state == "complete"
+    torch.testing.assert_close(model(ids()).logits, expected)
 
-    def failing(tensor: torch.Tensor, kept: dict[int, np.ndarray]) -> torch.Tensor:
-        left[0] -= 1
-        if left[0] < 0:
-            raise MemoryError("no memory for a matrix")
-        return real(tensor, kept)
 
-    monkeypatch.setattr(module, "gather", failing)
+def test_failure_in_the_middle_leaves_a_model_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    plan = llama_plan(model, FFN_CUT, HEAD_CUT)
+    fail_after(3, MemoryError, monkeypatch, "gather", "squeeze")
     with pytest.raises(MemoryError):
         compact(model, plan)
     assert model.llmprune.state == "broken"
@@ -391,6 +413,20 @@ def test_failure_in_the_middle_leaves_a_model_that_says_so(monkeypatch: pytest.M
         model(ids())
     with pytest.raises(TensorError, match="half pruned"):
         compact(model, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_squeezing_in_place_equals_gathering(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(1)
+    for shape in [(9,), (6, 11), (3, 5, 4), (2, 3, 4, 5)]:
+        whole = torch.from_numpy(rng.integers(0, 2 if dtype is torch.bool else 100, shape)).to(dtype)
+        kept = {d: np.sort(rng.choice(n, n // 2 + 1, replace=False)) for d, n in enumerate(shape) if n > 2}
+        expected = gather(whole, kept)
+        got = squeeze(whole, kept)
+        assert torch.equal(got, expected)
+        assert got.data_ptr() == whole.data_ptr()
+    with pytest.raises(TensorError, match="in its own memory"):
+        squeeze(torch.zeros(3, 4).t(), {0: np.array([1])})
 
 
 def test_heads_keep_their_query_heads() -> None:
