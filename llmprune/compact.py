@@ -185,7 +185,9 @@ def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor
     """
     whole, word = tensor.detach(), _WORDS.get(tensor.element_size())
     if whole.device.type != "cpu" or word is None or not whole.is_contiguous():
-        raise TensorError(f"a tensor of {tensor.dtype} on {tensor.device} cannot be compacted in its own memory")
+        raise TensorError(
+            f"a tensor of {tensor.dtype} on {tensor.device} cannot be compacted in its own memory"
+        )
     shape = _core.compact(whole.view(word), dict(kept))
     return whole.view(-1)[: math.prod(shape)].view(shape)
 

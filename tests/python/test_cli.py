@@ -43,7 +43,14 @@ def test_prune_prints_the_table_and_writes_the_model(
     words = [*prune_words(folder, output), "--eval", folder.parent / "eval.txt", "--generate", "Once upon"]
     code, out, err = run(capsys, *words, "--save-plan", plan)
     assert code == 0, err
-    for piece in ("parameters", "MACs per token", "perplexity", "peak memory", "before: Once upon", str(output)):
+    for piece in (
+        "parameters",
+        "MACs per token",
+        "perplexity",
+        "peak memory",
+        "before: Once upon",
+        str(output),
+    ):
         assert piece in out
     assert "scor" in err
     assert "Traceback" not in err
@@ -74,7 +81,18 @@ def test_json_goes_to_stdout_alone(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_ratios_by_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["prune", folder, "--ratio", "ffn=0.25", "--importance", "l1", "--protect-first", 0, "--protect-last", 0]
+    words = [
+        "prune",
+        folder,
+        "--ratio",
+        "ffn=0.25",
+        "--importance",
+        "l1",
+        "--protect-first",
+        0,
+        "--protect-last",
+        0,
+    ]
     code, out, _ = run(capsys, *words, "--json")
     assert code == 0
     assert {axis["kind"] for axis in json.loads(out)["axes"]} == {"ffn"}
@@ -145,7 +163,9 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(
     assert not list((tmp_path / "taken").iterdir())
 
 
-def test_overwrite_replaces_the_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwrite_replaces_the_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*prune_words(folder, tmp_path / "out"), "--importance", "l1", "--quiet"]
     assert run(capsys, *words)[0] == 0
     assert run(capsys, *words)[0] == 2

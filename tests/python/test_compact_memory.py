@@ -38,7 +38,9 @@ print(before, after, peak, 4 * width * width)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_goes_back_and_the_peak_is_one_matrix() -> None:
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True
+    )
     before, after, peak, matrix = map(int, run.stdout.split())
     assert before - after > 0.85 * (12 * matrix * 3 // 4)
     if peak < before:

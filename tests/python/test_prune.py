@@ -41,7 +41,9 @@ def test_report_and_model_agree(importance: str) -> None:
     assert report.verification.relative_error < 1e-6
     assert [s.name for s in report.stages] == ["trace", "score", "plan", "verify", "compact"]
     assert (report.calibration_hash is None) == (importance != "element1")
-    torch.testing.assert_close(model(ids()).logits, zeroed_logits(twin, report.plan, ids()), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        model(ids()).logits, zeroed_logits(twin, report.plan, ids()), rtol=0, atol=1e-9
+    )
     data = json.loads(json.dumps(report.to_json()))
     assert data["after"]["parameters"] == count
     assert data["ratio"] == {"asked": 0.15, "parameters": report.removed}
@@ -58,16 +60,20 @@ def test_macs_of_a_llama_are_its_matrix_products() -> None:
     assert tokens is not None
     length = 7
     linear = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n)
-    attention = 2 * 6 * length * 2 * 8  # layers x heads x keys x (queries with keys, weights with values) x width
+    attention = (
+        2 * 6 * length * 2 * 8
+    )  # layers x heads x keys x (queries with keys, weights with values) x width
     rope = graph_rope_macs(graph) / tokens
     assert count_macs(graph) / tokens == linear + attention + rope
 
 
 def graph_rope_macs(graph: Any) -> int:
     """Rotary angles are made by a matrix product of frequencies and positions."""
-    return sum(1 for op in graph.tape.ops if op[0] == "aten::bmm" and op[4] == graph.tape.scopes.index("model.rotary_emb")) * (
-        2 * 4 * 7 if _rope_batched(graph) else 4 * 7
-    )
+    return sum(
+        1
+        for op in graph.tape.ops
+        if op[0] == "aten::bmm" and op[4] == graph.tape.scopes.index("model.rotary_emb")
+    ) * (2 * 4 * 7 if _rope_batched(graph) else 4 * 7)
 
 
 def _rope_batched(graph: Any) -> bool:
@@ -128,7 +134,13 @@ def test_a_pruned_model_can_be_pruned_again() -> None:
 def test_bad_arguments_are_refused_before_anything_changes(options: dict[str, Any], message: str) -> None:
     model = llama()
     before = state(model)
-    arguments: dict[str, Any] = {"importance": "l2", "protect_first": 0, "protect_last": 0, "quiet": True, **options}
+    arguments: dict[str, Any] = {
+        "importance": "l2",
+        "protect_first": 0,
+        "protect_last": 0,
+        "quiet": True,
+        **options,
+    }
     with pytest.raises(LlmpruneError, match=message):
         llmprune.prune(model, tokenizer(), **arguments)
     assert unchanged(model, before)
@@ -144,7 +156,9 @@ def test_an_output_that_exists_is_refused_before_any_work(tmp_path: Path) -> Non
     assert not hasattr(model, "llmprune")
 
 
-def test_a_plan_that_fails_verification_is_not_applied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_plan_that_fails_verification_is_not_applied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import importlib
 
     planning = importlib.import_module("llmprune.plan")
@@ -161,14 +175,22 @@ def test_a_plan_that_fails_verification_is_not_applied(monkeypatch: pytest.Monke
     before = state(model)
     with pytest.raises(VerificationError, match="must not be applied"):
         llmprune.prune(
-            model, ratio=0.1, importance="l1", protect_first=0, protect_last=0, output=tmp_path / "out", quiet=True
+            model,
+            ratio=0.1,
+            importance="l1",
+            protect_first=0,
+            protect_last=0,
+            output=tmp_path / "out",
+            quiet=True,
         )
     assert unchanged(model, before)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stage", ["trace", "score", "plan", "verify"])
-def test_an_interrupt_in_a_stage_leaves_the_model_as_it_was(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_in_a_stage_leaves_the_model_as_it_was(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C somewhere inside the stage: in the model's own forward pass where it runs, else as it begins."""
     from llmprune.stages import Stages
 
@@ -193,7 +215,14 @@ def test_an_interrupt_in_a_stage_leaves_the_model_as_it_was(stage: str, monkeypa
     handle = model.model.layers[1].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         llmprune.prune(
-            model, tokenizer(), 0.1, [TEXT * 10], protect_first=0, protect_last=0, quiet=True, stages=Interrupting()
+            model,
+            tokenizer(),
+            0.1,
+            [TEXT * 10],
+            protect_first=0,
+            protect_last=0,
+            quiet=True,
+            stages=Interrupting(),
         )
     handle.remove()
     assert unchanged(model, before)
