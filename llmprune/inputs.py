@@ -1,7 +1,7 @@
 """Example inputs for a forward pass, made from a model's own config and the names of its forward's arguments.
 
 The values hardly matter to a trace, their kinds and sizes do: token ids that are no special tokens, images of the size
-the config states, as many image tokens as the image gives features. General rules only; where none fits, ask for inputs.
+the config states, as many image tokens as the image gives features. General rules only; where none fits, ask.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def trace(model: nn.Module, inputs: Any = None) -> Graph:
     Runs the forward pass once, on the meta device where that will do, and changes nothing about the model.
 
     Args:
-        model: any module whose forward pass is made of torch operations; its weights may be on any device, meta included.
+        model: any module whose forward pass is made of torch operations; on any device, meta included.
         inputs: keyword arguments for ``model.forward`` (tensors of any device); None: made from the model's config.
 
     Raises:
