@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from torch import nn
 from llmprune.provenance import SizeMode
 
 _INTERNAL = frozenset({"_parameters", "_buffers", "_modules"})
+_NO_SIZES = frozenset(
+    {bool, str, float, type(None), dict, OrderedDict, set, torch.dtype, torch.device, FunctionType}
+)
 
 
 @contextmanager
@@ -60,9 +64,29 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(device_states)
 
 
-def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """An empty tensor with the sizes, strides, type and (if a parameter) class of ``tensor`` on ``device``."""
-    twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+def keep_blocks(model: nn.Module, blocks: Mapping[str, Sequence[int]]) -> None:
+    """Leave only the blocks at some positions in lists of blocks (inside :func:`borrowed`)."""
+    for path, positions in blocks.items():
+        table = model.get_submodule(path)._modules
+        for name in [name for place, name in enumerate(table) if place not in positions]:
+            del table[name]
+
+
+def stand_in(
+    tensor: torch.Tensor, device: torch.device, sizes: Mapping[int, int] | None = None
+) -> torch.Tensor:
+    """An empty tensor like ``tensor`` (sizes, strides, type, and whether it is a parameter) on ``device``.
+
+    Args:
+        tensor: what it stands for.
+        device: where it is.
+        sizes: dimension -> another size; the result is then contiguous.
+    """
+    if sizes:
+        shape = [sizes.get(dim, size) for dim, size in enumerate(tensor.size())]
+        twin = torch.empty(shape, dtype=tensor.dtype, device=device)
+    else:
+        twin = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     # requires_grad decides which kernels matmul chooses, even where no gradient is recorded
     return (
         nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
@@ -90,9 +114,9 @@ def substitute_integers(model: nn.Module, mode: SizeMode, config_changes: Mappin
         attributes = module.__dict__
         copies: dict[int, Any] = {}
         for name, value in list(attributes.items()):
-            if name in _INTERNAL:
-                continue
             kind = type(value)
+            if kind in _NO_SIZES or name in _INTERNAL:
+                continue
             if kind is int:
                 attributes[name] = mode.attribute(value, path, name)
             elif kind is tuple or kind is list or kind is torch.Size:
@@ -133,13 +157,13 @@ def _config(
     fields.update(config.__dict__)
     for key, value in config.__dict__.items():
         kind = type(value)
+        if kind in _NO_SIZES:
+            continue
         if kind is int:
             fields[key] = mode.attribute(value, path, f"{name}.{key}")
         elif kind is tuple or kind is list:
             if any(type(item) is int for item in value):
                 fields[key] = _sequence(value, mode, path, f"{name}.{key}")
-        elif kind is str or kind is float or kind is bool or value is None:
-            continue
         elif is_config(value):
             fields[key] = _config(value, mode, path, f"{name}.{key}", changes, copies)
     for key, value in changes.items():

@@ -5,8 +5,8 @@ every integer attribute of its modules and every size read from a tensor is a :c
 its origin through arithmetic; :class:`SizeMode` sees the functions that make or view tensors and notes, for each size
 argument with a known origin, an equation *origin = size of that dimension of the result*.
 
-Origins are trees: an ``int``, ``("attr", module path, name)``, ``("shape", tensor id, dim)``, ``(op, a, b)`` with
-``op`` one of ``+ - * // % max min``, or ``("neg", a)``.
+Origins are trees: an ``int``, ``("attr", module path, name, value)``, ``("shape", tensor id, dim)``, ``(op, a, b)``
+with ``op`` one of ``+ - * // % max min``, or ``("neg", a)``.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def evaluate(tree: Tree, attribute: Callable[[str, str], int], shape: Callable[[
         return int(tree)
     head, *rest = tree
     if head == "attr":
-        return attribute(*rest)
+        return attribute(rest[0], rest[1])
     if head == "shape":
         return shape(*rest)
     values = [evaluate(part, attribute, shape) for part in rest]
@@ -189,7 +189,7 @@ class SizeMode(TorchFunctionMode):
 
     def attribute(self, value: int, module: str, name: str) -> PInt:
         """An integer that came from an attribute of a module."""
-        return PInt(value, ("attr", module, name), self.spent)
+        return PInt(value, ("attr", module, name, value), self.spent)
 
     def shape(self, tensor: torch.Tensor) -> torch.Size:
         """The sizes of a tensor, each remembering where it was read."""

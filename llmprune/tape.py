@@ -36,6 +36,10 @@ class Tape:
         model: class name of the traced model.
         attention: attention implementation the tape was recorded under.
         device_mode: ``meta`` or ``real``.
+        second: the same model recorded under another form of attention, cut down to one block of each kind, where that
+            form reads attributes the first does not; its equations hold for the model as well.
+        replicas: ``[prefix, prefix of another block]``: for every block left out of a cut-down recording, the block it
+            is like.
         notes: what the recording had to do (fallbacks), for the report.
     """
 
@@ -48,6 +52,8 @@ class Tape:
     model: str = ""
     attention: str = ""
     device_mode: str = "meta"
+    second: Tape | None = None
+    replicas: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -57,4 +63,5 @@ class Tape:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Tape:
         """The inverse of :meth:`to_json`."""
-        return cls(**data)
+        second = data.get("second")
+        return cls(**{**data, "second": None if second is None else cls.from_json(second)})
