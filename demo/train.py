@@ -1,7 +1,7 @@
 """Train the demo's tokenizer and its small GQA LLaMA, from nothing, on the stories of ``grammar.py``.
 
     python demo/train.py --steps 4000 --output demo/model      # the shipped model: about half an hour on one CPU thread
-    python demo/train.py --quick --output /tmp/quick           # a smoke run: seconds, and a model that only babbles
+    python demo/train.py --quick --output out/quick            # a smoke run: seconds, and a model that only babbles
 
 Everything is seeded; the stories are generated on the fly, so no story is seen twice. The stream the model reads is
 ``<s> story </s> <s> story </s> ...``; now and then an empty line stands between two stories in place of
