@@ -113,7 +113,7 @@ static lp_status single(lp_axes *axes, lp_atom atom, lp_expr *out, lp_error *err
 
 lp_status lp_axes_fresh(lp_axes *axes, int64_t size, lp_expr *out, lp_error *err)
 {
-    lp_atom atom;
+    lp_atom atom = LP_NO_ATOM;
 
     *out = LP_EMPTY;
     if (size == 1)

@@ -30,6 +30,7 @@ void lp_graph_free(lp_graph *graph)
     lp_release(&allocator, graph->output_ids, graph->output_id_capacity, sizeof *graph->output_ids);
     lp_release(&allocator, graph->results, graph->result_capacity, sizeof *graph->results);
     lp_release(&allocator, graph->unknown, graph->unknown_capacity, sizeof *graph->unknown);
+    lp_release(&allocator, graph->adopted, graph->adopted_capacity, sizeof *graph->adopted);
     lp_release(&allocator, graph->marked, graph->marked_capacity, sizeof *graph->marked);
     lp_release(&allocator, graph->macs, graph->macs_capacity, sizeof *graph->macs);
     lp_release(&allocator, graph->atom_dims, graph->atom_dim_capacity, sizeof *graph->atom_dims);
@@ -486,7 +487,8 @@ static lp_status adopt(lp_graph *graph, lp_tensor *tensor, lp_error *err)
         LP_TRY(note_dim_atom(graph, lp_tensor_id(graph, tensor), d, err));
     }
     tensor->known = true;
-    return LP_OK;
+    return append_index(graph, &graph->adopted, &graph->adopted_count, &graph->adopted_capacity,
+                        lp_tensor_id(graph, tensor), err);
 }
 
 /* What the inputs of an operation make of its outputs: a weight when they are weights, whatever integers address it. */

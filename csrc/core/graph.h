@@ -145,6 +145,11 @@ lp_status lp_graph_explain(lp_graph *graph, size_t axis, size_t from_member, siz
 /* The dimension an atom was made for: false when it is a part of another. */
 bool lp_graph_atom_dim(const lp_graph *graph, lp_atom atom, uint32_t *tensor, uint32_t *dim);
 
+/* Names for people. */
+const char *lp_kind_name(lp_kind kind);
+const char *lp_rule_label(lp_rule rule);
+const char *lp_reason_text(lp_reason reason);
+
 const lp_allocator *lp_graph_allocator(const lp_graph *graph);
 
 #endif

@@ -58,6 +58,8 @@ struct lp_graph {
     size_t result_count, result_capacity;
     uint32_t *unknown;
     size_t unknown_count, unknown_capacity;
+    uint32_t *adopted; /* tensors the tape did not make, in order of first use */
+    size_t adopted_count, adopted_capacity;
     lp_marked *marked;
     size_t marked_count, marked_capacity;
     uint32_t *macs; /* operations that multiply matrices */

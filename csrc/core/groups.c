@@ -94,9 +94,10 @@ static lp_kind classify(lp_graph *graph, const lp_axis *axis)
 
 static lp_status find_occurrences(lp_graph *graph, lp_found **found, size_t *count, size_t *capacity, lp_error *err)
 {
-    for (size_t t = 0; t < graph->tensor_count; t++) {
+    for (size_t i = 0; i < graph->adopted_count; i++) {
+        uint32_t t = graph->adopted[i];
         lp_tensor *tensor = &graph->tensors[t];
-        if (!tensor->known || (tensor->role != LP_TENSOR_PARAMETER && tensor->role != LP_TENSOR_BUFFER))
+        if (tensor->role != LP_TENSOR_PARAMETER && tensor->role != LP_TENSOR_BUFFER)
             continue;
         for (uint32_t d = 0; d < tensor->ndim; d++) {
             size_t from = graph->occurrences.count;
@@ -105,9 +106,8 @@ static lp_status find_occurrences(lp_graph *graph, lp_found **found, size_t *cou
             LP_TRY(lp_grow(&graph->allocator, &block, capacity, *count + graph->occurrences.count - from,
                            sizeof **found, err));
             *found = block;
-            for (size_t i = from; i < graph->occurrences.count; i++)
-                (*found)[(*count)++] =
-                    (lp_found){graph->occurrences.items[i].leaf, (uint32_t)t, d, (uint32_t)i};
+            for (size_t k = from; k < graph->occurrences.count; k++)
+                (*found)[(*count)++] = (lp_found){graph->occurrences.items[k].leaf, t, d, (uint32_t)k};
         }
     }
     return LP_OK;
@@ -385,8 +385,9 @@ lp_status lp_tensor_numel(lp_graph *graph, const lp_tensor *tensor, int64_t *out
 {
     *out = 1;
     for (size_t d = 0; d < tensor->ndim; d++) {
-        int64_t size;
-        LP_TRY(lp_axes_new_size(&graph->axes, tensor->dims[d], graph->removed, &size, err));
+        int64_t size = tensor->sizes[d];
+        if (tensor->known)
+            LP_TRY(lp_axes_new_size(&graph->axes, tensor->dims[d], graph->removed, &size, err));
         if (!lp_mul_i64(*out, size, out))
             return lp_error_set(err, LP_ERR_OVERFLOW, "a tensor has more than 2^63 elements");
     }
@@ -400,7 +401,7 @@ lp_status lp_graph_numel(lp_graph *graph, const int64_t *removed, int64_t *out, 
     set_removed(graph, removed);
     for (size_t t = 0; t < graph->tensor_count; t++) {
         int64_t count;
-        if (graph->tensors[t].role != LP_TENSOR_PARAMETER || !graph->tensors[t].known)
+        if (graph->tensors[t].role != LP_TENSOR_PARAMETER)
             continue;
         LP_TRY(lp_tensor_numel(graph, &graph->tensors[t], &count, err));
         total += count;
