@@ -52,13 +52,8 @@ setup(
         Extension(
             "llmprune._core",
             sources=matching(SOURCES),
-<<<<<<< HEAD
             depends=[*matching(HEADERS), "setup.py"],
-            include_dirs=["csrc"],
-=======
-            depends=matching(HEADERS),
             include_dirs=["csrc", numpy.get_include()],
->>>>>>> c441e37 (Find the coupled axes of a model in C, and give the graph its Python face)
             define_macros=[("_GNU_SOURCE", "1"), dlpack_define()],
             extra_compile_args=[*flags, "-pthread"],
             extra_link_args=["-pthread"],

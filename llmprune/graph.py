@@ -5,7 +5,6 @@ The C core (``llmprune._core.Graph``) finds the axes; this module gives them nam
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from llmprune import _core
 from llmprune.errors import InputError, PlanError
+from llmprune.record import fingerprint as fingerprint_of
 from llmprune.tape import TENSOR, Tape, arguments
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class Axis:
     marks: tuple[str, ...]
     _graph: Graph = field(repr=False)
     _dims: tuple[tuple[int, int], ...] = field(repr=False)
+    starts: tuple[int, ...] = field(repr=False)
+    """First position of index 0 in each member."""
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -202,7 +204,7 @@ class Graph:
 
         Args:
             tape: the recorded forward pass.
-            fingerprint: identifies the model (:func:`fingerprint_of`).
+            fingerprint: identifies the model (:func:`llmprune.record.fingerprint`).
             tied: other name -> canonical name of tied parameters.
             shapes: canonical name -> shape of every parameter; None: those on the tape.
 
@@ -229,6 +231,10 @@ class Graph:
         self.axes: list[Axis] = []
         self._load_axes()
         self._freeze_spent_values()
+        if tape.second is not None:
+            self.second = SecondForm(
+                self, Graph(tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters)
+            )
 
     @classmethod
     def from_tape(cls, tape: Tape, model: nn.Module) -> Graph:
@@ -265,16 +271,12 @@ class Graph:
         return f" ({name} in {scope or 'the root module'})"
 
     def _load_axes(self) -> None:
-        old = self.axes
-        self.axes = []
-        for number, (size, kind, prunable, notes, dims) in enumerate(self._core.axes()):
+        for number, (size, kind, prunable, notes, members) in enumerate(self._core.axes()):
             reasons = [text + self._place(op) for text, op, is_mark in notes if not is_mark]
             marks = [text + self._place(op) for text, op, is_mark in notes if is_mark]
-            reasons += self._frozen_later.get(number, [])
-            axis = Axis(number, size, kind, prunable, tuple(reasons), tuple(marks), self, tuple(dims))
-            if old and "members" in old[number].__dict__:
-                axis.__dict__["members"] = old[number].__dict__["members"]
-            self.axes.append(axis)
+            dims = tuple((tensor, dim) for tensor, dim, _ in members)
+            starts = tuple(start for _, _, start in members)
+            self.axes.append(Axis(number, size, kind, prunable, tuple(reasons), tuple(marks), self, dims, starts))
 
     def freeze(self, axis_id: int, reason: str, kind: str = "trial") -> None:
         """Take an axis out of pruning.
@@ -500,7 +502,6 @@ class Graph:
             "tied": self.tied,
             "shapes": {name: list(shape) for name, shape in self.parameters.items()},
             "frozen": {str(axis_id): reasons for axis_id, reasons in self._frozen_later.items()},
-            "second": None if self.second is None else self.second.graph.tape.to_json(),
         }
 
     @classmethod
@@ -520,65 +521,97 @@ class Graph:
         for axis_id, reasons in data["frozen"].items():
             for reason in reasons:
                 graph.freeze(int(axis_id), reason)
-        if data["second"] is not None:
-            graph.attach_second(Tape.from_json(data["second"]))
         return graph
-
-    def attach_second(self, tape: Tape) -> None:
-        """Add the recording of another attention form, whose size equations count as well."""
-        other = Graph(tape, fingerprint=self.fingerprint, tied=self.tied, shapes=self.parameters)
-        self.second = SecondForm(self, other)
 
 
 class SecondForm:
-    """The same model recorded under another attention form, spoken of in the first graph's axis ids."""
+    """The same model recorded under another form of attention, spoken of in the first graph's axis ids.
+
+    The recording may hold one block of each kind only; each block that is like it then counts as a variant of it, and
+    ``tensor`` numbers in :attr:`equations` are those of the second tape plus the variant times the tape's length.
+    """
 
     def __init__(self, first: Graph, graph: Graph) -> None:
         self.graph = graph
-        by_place: dict[tuple[str, int, int, int], int] = {}
-        for axis in graph.axes:
-            for member in axis.members:
-                by_place.setdefault((member.parameter, member.dim, int(member.positions[0, 0]), axis.size), axis.id)
-        self._ids: dict[int, int] = {}
-        for axis in first.axes:
-            if not axis.prunable:
-                continue
-            found = {
-                by_place.get((member.parameter, member.dim, int(member.positions[0, 0]), axis.size))
-                for member in axis.members
-            }
-            if len(found) != 1 or None in found:
-                first.freeze(axis.id, f"under {graph.tape.attention} attention it is not one axis", "fixed")
-                continue
-            (other,) = found
-            assert other is not None
-            self._ids[axis.id] = other
-            if not graph.axes[other].prunable:
-                for reason in graph.axes[other].reasons:
-                    first.freeze(axis.id, f"under {graph.tape.attention} attention: {reason}", "fixed")
-        self._back = {other: axis_id for axis_id, other in self._ids.items()}
         self._first = first
+        self._length = len(graph.tape.tensors)
+        self._places: dict[tuple[str, int, int, int], int] = {}
+        for axis in first.axes:
+            for (name, dim), start in zip(axis.parameters, axis.starts, strict=True):
+                self._places[name, dim, start, axis.size] = axis.id
+        self.equations: list[list[Any]] = [list(equation) for equation in graph.equations]
+        self._ids = [self._match("", "")]
+        for kept, other in graph.tape.replicas:
+            number = len(self._ids)
+            self._ids.append(self._match(kept, other))
+            for tensor, dim, tree, where in graph.equations:
+                if any(leaf[0] == "attr" and f"{leaf[1]}.".startswith(kept) for leaf in leaves(tree)):
+                    tree = _moved(tree, kept, other, number * self._length)
+                    self.equations.append([tensor + number * self._length, dim, tree, where.replace(kept, other)])
 
-    @property
-    def equations(self) -> list[list[Any]]:
-        """Size equations of this form."""
-        return self.graph.equations
+    def _match(self, kept: str, other: str) -> dict[int, int]:
+        """Axis of the second graph -> axis of the first, with blocks named ``kept`` standing for ``other``."""
+        ids: dict[int, int] = {}
+        form = self.graph.tape.attention
+        for axis in self.graph.axes:
+            names = [other + name[len(kept) :] if kept and name.startswith(kept) else name for name, _ in axis.parameters]
+            found = {
+                self._places.get((name, dim, start, axis.size))
+                for name, (_, dim), start in zip(names, axis.parameters, axis.starts, strict=True)
+            }
+            if len(found) == 1 and None not in found:
+                (number,) = found
+                assert number is not None
+                ids[axis.id] = number
+                if not axis.prunable and self._first.axes[number].prunable:
+                    self._first.freeze(number, f"under {form} attention: {'; '.join(axis.reasons)}", "fixed")
+                continue
+            for number in found - {None}:
+                assert number is not None
+                if self._first.axes[number].prunable:
+                    self._first.freeze(number, f"under {form} attention it is not one axis of its own", "fixed")
+        return ids
+
+    def _split(self, dims: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int, int]]]:
+        """Variant -> (place in ``dims``, tensor, dim)."""
+        parts: dict[int, list[tuple[int, int, int]]] = {}
+        for place, (tensor, dim) in enumerate(dims):
+            parts.setdefault(tensor // self._length, []).append((place, tensor % self._length, dim))
+        return parts
+
+    def _removed(self, removed: Mapping[int, int], variant: int) -> dict[int, int]:
+        return {second: removed[first] for second, first in self._ids[variant].items() if first in removed}
 
     def new_sizes(self, removed: Mapping[int, int], dims: Sequence[tuple[int, int]]) -> list[int]:
         """As :meth:`Graph.new_sizes`, ``removed`` by the first graph's axis ids."""
-        return self.graph.new_sizes({self._ids[i]: n for i, n in removed.items() if i in self._ids}, dims)
-
-    def new_offsets(self, removed: Mapping[int, int], dims: Sequence[tuple[int, int]]) -> list[int]:
-        """As :meth:`Graph.new_offsets`, ``removed`` by the first graph's axis ids."""
-        return self.graph.new_offsets({self._ids[i]: n for i, n in removed.items() if i in self._ids}, dims)
+        result = [0] * len(dims)
+        for variant, entries in self._split(dims).items():
+            pairs = [(tensor, dim) for _, tensor, dim in entries]
+            sizes = self.graph.new_sizes(self._removed(removed, variant), pairs)
+            for (place, _, _), size in zip(entries, sizes, strict=True):
+                result[place] = size
+        return result
 
     def dim_axes(self, tensor: int, dim: int) -> list[int]:
         """As :meth:`Graph.dim_axes`, in the first graph's axis ids."""
-        return [self._back[i] for i in self.graph.dim_axes(tensor, dim) if i in self._back]
+        ids = self._ids[tensor // self._length]
+        return [ids[i] for i in self.graph.dim_axes(tensor % self._length, dim) if i in ids]
 
     def numel(self, removed: Mapping[int, int]) -> int:
         """As :meth:`Graph.numel`."""
         return self._first.numel(removed)
+
+
+def _moved(tree: Any, kept: str, other: str, shift: int) -> Any:
+    """An equation tree read for another block and another numbering of tensors."""
+    if isinstance(tree, int):
+        return tree
+    if tree[0] == "shape":
+        return ["shape", tree[1] + shift, tree[2]]
+    if tree[0] == "attr":
+        module = f"{tree[1]}."
+        return ["attr", (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1], tree[2]]
+    return [tree[0], *(_moved(part, kept, other, shift) for part in tree[1:])]
 
 
 def leaves(tree: Any) -> list[list[Any]]:
@@ -590,14 +623,4 @@ def leaves(tree: Any) -> list[list[Any]]:
     return [leaf for part in tree[1:] for leaf in leaves(part)]
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """SHA-256 over a model's class name and the names and shapes of its parameters and buffers."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    entries = [(name, tuple(p.shape)) for name, p in model.named_parameters(remove_duplicate=False)]
-    entries += [(name, tuple(b.shape)) for name, b in model.named_buffers(remove_duplicate=False)]
-    for name, shape in sorted(entries):
-        digest.update(f"{name}{shape}".encode())
-    return digest.hexdigest()
-
-
-__all__ = ["Axis", "Chain", "Explanation", "Graph", "MarkedOp", "Member", "Step", "fingerprint_of"]
+__all__ = ["Axis", "Chain", "Explanation", "Graph", "MarkedOp", "Member", "Step"]

@@ -237,12 +237,13 @@ static PyObject *notes_of(const lp_graph *graph, const lp_axis *axis)
     return list;
 }
 
-static PyObject *members_of(const lp_axis *axis)
+static PyObject *members_of(const lp_graph *graph, const lp_axis *axis)
 {
     PyObject *list = PyList_New((Py_ssize_t)axis->member_count);
 
     for (size_t m = 0; list != NULL && m < axis->member_count; m++) {
-        PyObject *entry = Py_BuildValue("(II)", axis->members[m].tensor, axis->members[m].dim);
+        PyObject *entry = Py_BuildValue("(IIL)", axis->members[m].tensor, axis->members[m].dim,
+                                        (long long)lp_graph_member_start(graph, &axis->members[m]));
         if (entry == NULL)
             Py_CLEAR(list);
         else
@@ -260,7 +261,7 @@ static PyObject *graph_axes(PyObject *self, PyObject *unused)
     (void)unused;
     for (size_t i = 0; list != NULL && i < count; i++) {
         const lp_axis *axis = lp_graph_axis(graph, i);
-        PyObject *notes = notes_of(graph, axis), *members = members_of(axis), *entry = NULL;
+        PyObject *notes = notes_of(graph, axis), *members = members_of(graph, axis), *entry = NULL;
         if (notes != NULL && members != NULL)
             entry = Py_BuildValue("(LsOOO)", (long long)axis->size, lp_kind_name(axis->kind),
                                   axis->prunable ? Py_True : Py_False, notes, members);
@@ -634,7 +635,8 @@ static PyObject *graph_explain(PyObject *self, PyObject *args)
 
 static PyMethodDef graph_methods[] = {
     {"axes", graph_axes, METH_NOARGS,
-     "axes()\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim) of each member])."},
+     "axes()\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim, first position) of each\n"
+     "member])."},
     {"positions", graph_positions, METH_VARARGS,
      "positions(axis, member)\n--\n\nint64 (axis size, positions per index) along the member's dimension."},
     {"new_sizes", graph_new_sizes, METH_VARARGS,

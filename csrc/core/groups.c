@@ -193,6 +193,11 @@ const lp_axis *lp_graph_axis(const lp_graph *graph, size_t id)
     return id < graph->axis_count ? &graph->list[id] : NULL;
 }
 
+int64_t lp_graph_member_start(const lp_graph *graph, const lp_member *member)
+{
+    return graph->occurrences.items[member->occurrence].offset;
+}
+
 bool lp_graph_note(const lp_graph *graph, uint32_t *cursor, lp_reason *reason, uint32_t *op)
 {
     const lp_note *note;
