@@ -69,20 +69,30 @@ class Axis:
     _graph: Graph = field(repr=False)
     _dims: tuple[tuple[int, int], ...] = field(repr=False)
     starts: tuple[int, ...] = field(repr=False)
-    """First position of index 0 in each member."""
+    """First position of index 0 in each occurrence."""
 
     @cached_property
-    def members(self) -> tuple[Member, ...]:
-        """Every occurrence of the axis, in execution order, then by dimension and position."""
+    def occurrences(self) -> tuple[Member, ...]:
+        """Every place of the axis in a parameter or buffer, in execution order, then by dimension and position."""
         names = self._graph.tape.tensors
         return tuple(
             Member(names[tensor][4], dim, self._graph._core.positions(self.id, number))
             for number, (tensor, dim) in enumerate(self._dims)
         )
 
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """The occurrences in parameters."""
+        return tuple(member for member in self.occurrences if member.parameter in self._graph.parameters)
+
+    @cached_property
+    def buffers(self) -> tuple[Member, ...]:
+        """The occurrences in buffers (rope tables), which are cut along but carry no score."""
+        return tuple(member for member in self.occurrences if member.parameter in self._graph.buffers)
+
     @property
-    def parameters(self) -> tuple[tuple[str, int], ...]:
-        """(name, dim) of each member, without building its positions."""
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """(name, dim) of each occurrence, without building its positions."""
         names = self._graph.tape.tensors
         return tuple((names[tensor][4], dim) for tensor, dim in self._dims)
 
@@ -335,7 +345,7 @@ class Graph:
 
     def new_shapes(self, removed: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters and buffers that change."""
-        affected = {self._ids[name] for axis_id, n in removed.items() if n for name, _ in self.axes[axis_id].parameters}
+        affected = {self._ids[name] for axis_id, n in removed.items() if n for name, _ in self.axes[axis_id].places}
         dims = [(tensor, dim) for tensor in sorted(affected) for dim in range(len(self.tape.tensors[tensor][0]))]
         sizes: dict[int, list[int]] = {}
         for (tensor, _dim), size in zip(dims, self.new_sizes(removed, dims), strict=True):
@@ -379,11 +389,11 @@ class Graph:
             if chosen.min() < 0 or chosen.max() >= axis.size:
                 raise PlanError(f"axis {axis_id} has indices 0 to {axis.size - 1}; the plan removes {chosen.max()}")
             outer = self.outer(axis_id) if chosen.ndim == 2 else None
-            for number, (name, dim) in enumerate(axis.parameters):
+            for number, (name, dim) in enumerate(axis.places):
                 shape = self.parameters.get(name) or self.buffers[name]
                 flags = gone.setdefault((name, dim), np.zeros(shape[dim], dtype=np.bool_))
                 if outer is None:
-                    flags[axis.members[number].positions[chosen].reshape(-1)] = True
+                    flags[axis.occurrences[number].positions[chosen].reshape(-1)] = True
                 else:
                     self._core.mark_ragged(axis_id, number, outer, chosen, flags)
         kept: dict[str, dict[int, IntArray]] = {}
@@ -399,7 +409,7 @@ class Graph:
         """
         axis = self.axes[axis_id]
         shared: set[int] | None = None
-        for (tensor, dim), (name, _dim) in zip(axis._dims, axis.parameters, strict=True):
+        for (tensor, dim), (name, _dim) in zip(axis._dims, axis.places, strict=True):
             if name not in self.parameters:
                 continue
             here = {other for other in self.dim_axes(tensor, dim) if other != axis_id and self.axes[other].kind == "head"}
@@ -455,14 +465,14 @@ class Graph:
             raise InputError(f"{parameter} has shape {shape}: dimension {dim}, position {index} is outside it")
         axes, chains = [], []
         for axis in self.axes:
-            if (name, dim) not in axis.parameters:
+            if (name, dim) not in axis.places:
                 continue
-            for number, member in enumerate(axis.members):
+            for number, member in enumerate(axis.occurrences):
                 rows = np.flatnonzero((member.positions == index).any(1)) if (member.parameter, member.dim) == (name, dim) else []
                 if len(rows) == 0:
                     continue
                 axes.append(axis)
-                for other, target in enumerate(axis.members):
+                for other, target in enumerate(axis.occurrences):
                     if other == number:
                         continue
                     chains.append(self._chain(axis, int(rows[0]), number, other, target))
@@ -537,7 +547,7 @@ class SecondForm:
         self._length = len(graph.tape.tensors)
         self._places: dict[tuple[str, int, int, int], int] = {}
         for axis in first.axes:
-            for (name, dim), start in zip(axis.parameters, axis.starts, strict=True):
+            for (name, dim), start in zip(axis.places, axis.starts, strict=True):
                 self._places[name, dim, start, axis.size] = axis.id
         self.equations: list[list[Any]] = [list(equation) for equation in graph.equations]
         self._ids = [self._match("", "")]
@@ -554,10 +564,10 @@ class SecondForm:
         ids: dict[int, int] = {}
         form = self.graph.tape.attention
         for axis in self.graph.axes:
-            names = [other + name[len(kept) :] if kept and name.startswith(kept) else name for name, _ in axis.parameters]
+            names = [other + name[len(kept) :] if kept and name.startswith(kept) else name for name, _ in axis.places]
             found = {
                 self._places.get((name, dim, start, axis.size))
-                for name, (_, dim), start in zip(names, axis.parameters, axis.starts, strict=True)
+                for name, (_, dim), start in zip(names, axis.places, axis.starts, strict=True)
             }
             if len(found) == 1 and None not in found:
                 (number,) = found
