@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llmprune import _core
 from llmprune.errors import InputError, PlanError
 from llmprune.record import fingerprint as fingerprint_of
-from llmprune.tape import LITERAL, TENSOR, Tape, arguments
+from llmprune.tape import TENSOR, Tape, arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,7 +225,7 @@ class Graph:
         self.fingerprint = fingerprint
         self.tied = dict(tied or {})
         self.second: SecondForm | None = None
-        self._core = _core.Graph(tape.tensors, _with_literals(tape), tape.outputs)
+        self._core = _core.Graph(tape.tensors, tape.ops, tape.outputs)
         self._ids: dict[str, int] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, tuple[int, ...]] = {}
@@ -306,16 +306,14 @@ class Graph:
 
     def _freeze_spent_values(self) -> None:
         """Axes whose size entered the arithmetic as a number would change values silently (architecture, pitfall 3)."""
-        direct: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        within: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        sized: dict[tuple[str, str], list[tuple[int, int]]] = {}
         for tensor, dim, tree, _where in self.tape.equations:
             for leaf in leaves(tree):
                 if leaf[0] == "attr":
-                    (direct if leaf is tree else within).setdefault((leaf[1], leaf[2]), []).append((tensor, dim))
+                    sized.setdefault((leaf[1], leaf[2]), []).append((tensor, dim))
         for tree, where in self.tape.value_used:
             for leaf in leaves(tree):
-                key = (leaf[1], leaf[2])
-                dims = [key] if leaf[0] == "shape" else direct.get(key) or within.get(key, [])
+                dims = [(leaf[1], leaf[2])] if leaf[0] == "shape" else sized.get((leaf[1], leaf[2]), [])
                 for tensor, dim in dims:
                     for axis_id in self.dim_axes(tensor, dim):
                         if self.axes[axis_id].prunable:
@@ -336,6 +334,13 @@ class Graph:
         if not dims:
             return []
         result: list[int] = self._core.new_sizes(self._counts(removed), np.asarray(dims, dtype=np.int64)).tolist()
+        return result
+
+    def new_offsets(self, removed: Mapping[int, int], dims: Sequence[tuple[int, int]]) -> list[int]:
+        """Where the slices that made these ``(tensor, dim)`` pairs begin then."""
+        if not dims:
+            return []
+        result: list[int] = self._core.new_offsets(self._counts(removed), np.asarray(dims, dtype=np.int64)).tolist()
         return result
 
     def new_shapes(self, removed: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
@@ -605,27 +610,6 @@ class SecondForm:
     def numel(self, removed: Mapping[int, int]) -> int:
         """As :meth:`Graph.numel`."""
         return self._first.numel(removed)
-
-
-def _with_literals(tape: Tape) -> list[list[Any]]:
-    """The operations, with the cuts flagged whose borders no equation explains: numbers in the model's code."""
-    explained = {(tensor, dim) for tensor, dim, _tree, _where in tape.equations}
-    ops = []
-    for op in tape.ops:
-        name, flags, code, outputs, scope = op
-        if name in _CUTS:
-            place = _CUTS[name]
-            given = arguments(code)[place][1]
-            ndim = len(tape.tensors[outputs[0]][0])
-            dim = (given[0] if given else 0) % max(ndim, 1)
-            if not any((tensor, dim) in explained for tensor in outputs):
-                op = [name, flags | LITERAL, code, outputs, scope]
-        ops.append(op)
-    return ops
-
-
-_CUTS = {"aten::slice": 1, "aten::split": 2, "aten::split_with_sizes": 2, "aten::chunk": 2}
-"""Operations that cut a dimension, with the place of the dimension among their arguments."""
 
 
 def _moved(tree: Any, kept: str, other: str, shift: int) -> Any:

@@ -17,9 +17,6 @@ POINTWISE = 1
 MUTATES = 2
 """Writes into its first tensor argument (in-place or ``out=``), which appears again among the outputs."""
 
-LITERAL = 4
-"""A slice or split whose borders are numbers in the model's code."""
-
 
 @dataclass
 class Tape:

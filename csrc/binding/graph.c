@@ -328,7 +328,9 @@ static PyArrayObject *removed_array(PyObject *self, PyObject *object)
     return array;
 }
 
-static PyObject *graph_new_sizes(PyObject *self, PyObject *args)
+typedef lp_status (*size_query)(lp_graph *, uint32_t, uint32_t, const int64_t *, int64_t *, lp_error *);
+
+static PyObject *sizes_of(PyObject *self, PyObject *args, size_query query)
 {
     PyObject *removed_object, *dims_object, *result = NULL;
     PyArrayObject *removed = NULL, *dims = NULL;
@@ -353,7 +355,7 @@ static PyObject *graph_new_sizes(PyObject *self, PyObject *args)
         if (pair[0] < 0 || pair[1] < 0 || pair[0] > UINT32_MAX || pair[1] > UINT32_MAX) {
             PyErr_SetString(PyExc_ValueError, "dims names a negative tensor or dimension");
             Py_CLEAR(result);
-        } else if (lp_graph_new_size(graph_of(self), (uint32_t)pair[0], (uint32_t)pair[1], PyArray_DATA(removed), out, &err) !=
+        } else if (query(graph_of(self), (uint32_t)pair[0], (uint32_t)pair[1], PyArray_DATA(removed), out, &err) !=
                    LP_OK) {
             Py_CLEAR(result);
             raise_status(self, &err);
@@ -363,6 +365,16 @@ done:
     Py_XDECREF(removed);
     Py_XDECREF(dims);
     return result;
+}
+
+static PyObject *graph_new_sizes(PyObject *self, PyObject *args)
+{
+    return sizes_of(self, args, lp_graph_new_size);
+}
+
+static PyObject *graph_new_offsets(PyObject *self, PyObject *args)
+{
+    return sizes_of(self, args, lp_graph_new_offset);
 }
 
 static PyObject *count_of(PyObject *self, PyObject *object, lp_status (*query)(lp_graph *, const int64_t *, int64_t *, lp_error *))
@@ -629,6 +641,8 @@ static PyMethodDef graph_methods[] = {
      "positions(axis, member)\n--\n\nint64 (axis size, positions per index) along the member's dimension."},
     {"new_sizes", graph_new_sizes, METH_VARARGS,
      "new_sizes(removed, dims)\n--\n\nSizes of (tensor, dim) pairs when axis i loses removed[i] indices."},
+    {"new_offsets", graph_new_offsets, METH_VARARGS,
+     "new_offsets(removed, dims)\n--\n\nWhere the slices that made these (tensor, dim) pairs begin then."},
     {"numel", graph_numel, METH_O, "numel(removed)\n--\n\nElements of all parameters then."},
     {"macs", graph_macs, METH_O, "macs(removed)\n--\n\nMultiply-accumulates of the recorded forward pass then."},
     {"removed_positions", graph_removed_positions, METH_VARARGS,

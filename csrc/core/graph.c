@@ -523,13 +523,10 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
         for (size_t d = 0; out != NULL && d < out->ndim; d++)
             empty |= out->sizes[d] == 0;
     }
-    if (empty) { /* nothing passes through an empty result */
-        for (size_t i = 0; i < op->output_count; i++)
-            LP_TRY(lp_set_fresh(run, op, i, LP_REASON_CONSTANT, err));
-    } else if (op->rule != NULL) {
+    if (op->rule != NULL && !empty) {
         LP_TRY(op->rule(run, op, err));
     } else {
-        if (op->live)
+        if (op->live && op->rule == NULL) /* an empty result holds no axis, whatever the rule */
             LP_TRY(append_index(graph, &graph->unknown, &graph->unknown_count, &graph->unknown_capacity, op->index, err));
         LP_TRY(lp_rule_unknown(run, op, err));
     }

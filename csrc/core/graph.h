@@ -13,9 +13,8 @@ typedef struct lp_graph lp_graph;
 
 typedef enum { LP_TENSOR_VALUE, LP_TENSOR_PARAMETER, LP_TENSOR_BUFFER, LP_TENSOR_INPUT, LP_TENSOR_CONSTANT } lp_tensor_role;
 
-/* Flags of an operation.  LITERAL: a slice or split whose borders are numbers in the model's code, so what lies before
- * a border keeps its size. */
-enum { LP_OP_POINTWISE = 1u << 0, LP_OP_MUTATES = 1u << 1, LP_OP_LITERAL = 1u << 2 };
+/* Flags of an operation. */
+enum { LP_OP_POINTWISE = 1u << 0, LP_OP_MUTATES = 1u << 1 };
 
 /* Tags of the encoded arguments (tape.py describes the code). */
 enum {
@@ -118,6 +117,10 @@ lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_
 /* Size of tensor dimension (tensor, dim) when axis i loses removed[i] indices. */
 lp_status lp_graph_new_size(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed, int64_t *out,
                             lp_error *err);
+
+/* Where the slice that made `tensor` along `dim` begins then (0 when no slice made it). */
+lp_status lp_graph_new_offset(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed, int64_t *out,
+                              lp_error *err);
 
 /* Elements of all parameters then. */
 lp_status lp_graph_numel(lp_graph *graph, const int64_t *removed, int64_t *out, lp_error *err);

@@ -16,6 +16,7 @@
 typedef struct {
     int64_t sizes[LP_MAX_DIMS];
     lp_expr dims[LP_MAX_DIMS];
+    lp_expr prefix[LP_MAX_DIMS]; /* of the slice that made it */
     uint64_t storage;
     uint32_t storage_id;    /* dense number of the storage */
     lp_expr values;         /* axis that its integer values name positions of */

@@ -374,6 +374,18 @@ lp_status lp_graph_new_size(lp_graph *graph, uint32_t tensor, uint32_t dim, cons
     return lp_axes_new_size(&graph->axes, graph->tensors[tensor].dims[dim], graph->removed, out, err);
 }
 
+lp_status lp_graph_new_offset(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed, int64_t *out,
+                              lp_error *err)
+{
+    lp_expr prefix;
+
+    LP_TRY(check_dim(graph, tensor, dim, err));
+    set_removed(graph, removed);
+    prefix = graph->tensors[tensor].prefix[dim];
+    *out = 0;
+    return prefix.len == 0 ? LP_OK : lp_axes_new_size(&graph->axes, prefix, graph->removed, out, err);
+}
+
 lp_status lp_tensor_numel(lp_graph *graph, const lp_tensor *tensor, int64_t *out, lp_error *err)
 {
     *out = 1;

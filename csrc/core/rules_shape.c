@@ -265,25 +265,6 @@ static lp_status stride(lp_run *run, const lp_op *op, lp_tensor *input, size_t d
     return lp_set_output(run, op, 0, dims, err);
 }
 
-/* Literal borders count from the front, negative ones from the end: the side they count from keeps its size. */
-static lp_status fix_borders(lp_run *run, const lp_op *op, const lp_expr *pieces, size_t cuts, bool begins, bool ends,
-                             lp_error *err)
-{
-    bool start_from_end = begins && lp_op_int(run->graph, op, 2, 0) < 0;
-    bool end_from_end = ends && lp_op_int(run->graph, op, 3, 0) < 0;
-    lp_expr piece = pieces[begins ? 1 : 0];
-
-    if (begins && !start_from_end)
-        LP_TRY(lp_axes_note(run->axes, pieces[0], LP_REASON_FIXED, err));
-    if (ends && end_from_end)
-        LP_TRY(lp_axes_note(run->axes, pieces[cuts], LP_REASON_FIXED, err));
-    if (start_from_end && (end_from_end || !ends))
-        LP_TRY(lp_axes_note(run->axes, piece, LP_REASON_FIXED, err));
-    if (ends && !end_from_end)
-        LP_TRY(lp_axes_note(run->axes, piece, LP_REASON_FIXED, err));
-    return LP_OK;
-}
-
 lp_status lp_rule_slice(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
@@ -315,8 +296,7 @@ lp_status lp_rule_slice(lp_run *run, const lp_op *op, lp_error *err)
         LP_TRY(lp_axes_cut(run->axes, input->dims[dim], offsets, count, pieces, &aligned, err));
         if (aligned) {
             dims[dim] = pieces[start > 0 ? 1 : 0];
-            if (op->flags & LP_OP_LITERAL)
-                LP_TRY(fix_borders(run, op, pieces, count, start > 0, end < size, err));
+            out->prefix[dim] = start > 0 ? pieces[0] : LP_EMPTY;
         } else {
             LP_TRY(lp_axes_note(run->axes, input->dims[dim], LP_REASON_MISALIGNED, err));
             LP_TRY(lp_axes_fresh(run->axes, end - start, &dims[dim], err));
@@ -360,10 +340,7 @@ lp_status lp_rule_pieces(lp_run *run, const lp_op *op, lp_error *err)
         for (size_t i = 0; status == LP_OK && i < count; i++) {
             dims[dim] = pieces[i];
             keep_values(input, lp_op_output(run->graph, op, i));
-            if (op->flags & LP_OP_LITERAL)
-                status = lp_axes_note(run->axes, pieces[i], LP_REASON_FIXED, err);
-            if (status == LP_OK)
-                status = lp_set_output(run, op, i, dims, err);
+            status = lp_set_output(run, op, i, dims, err);
         }
     }
     lp_release(&run->graph->allocator, block, capacity, sizeof *offsets);
