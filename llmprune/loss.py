@@ -21,6 +21,8 @@ from llmprune.errors import CalibrationError, InputError
 UserLoss = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
 SLICE_BYTES = 1 << 23
 """Size of one float32 slice of logits in the fused loss."""
+SLICE_ROWS = 256
+"""Rows of the final projection in a slice, at least."""
 
 
 def config_value(model: nn.Module, name: str) -> Any:
@@ -80,9 +82,10 @@ class SampleLosses:
 
     Args:
         model: The model.
-        loss: A user's ``loss(model, batch)``: a mapping of tensors in, one loss per sample out; None for the default:
+        loss: A user's ``loss(model, batch)``: a mapping of tensors in, one loss per sample out. None for the default:
             with plain ids the mean next-token loss; with "labels" among the inputs the mean cross entropy of the
-            model's logits against them, position by position (shift them yourself where the model does not).
+            model's logits against these, each position against its own label, or, where labels have the ids' shape
+            and the model is causal, against the next one.
         batch: The calibration samples; only which inputs there are matters here.
 
     Raises:
@@ -92,7 +95,8 @@ class SampleLosses:
     def __init__(self, model: nn.Module, loss: UserLoss | None, batch: Batch):
         self.model, self.loss = model, loss
         self.plain = loss is None and set(batch.inputs) == {"input_ids"}
-        """Whether this is the next-token loss, and so the final projection may be fused into it."""
+        """Whether this is the next-token loss over plain ids, and so the final projection may be fused into it."""
+        self._shifted = False
         if loss is not None:
             return
         if self.plain and config_value(model, "is_encoder_decoder"):
@@ -116,8 +120,14 @@ class SampleLosses:
                 )
             return losses
         if self.plain:
-            return self.of_logits(logits_of(self.model, batch.inputs), batch)
-        return label_losses(logits_of(self.model, batch.inputs), batch.inputs["labels"])
+            return self.of_logits(self.logits(batch), batch)
+        logits, labels = self.logits(batch), batch.inputs["labels"]
+        if logits.shape[:-1] != labels.shape:
+            raise InputError(
+                f"{type(self.model).__name__} returns logits of shape {tuple(logits.shape)} for labels of shape "
+                f"{tuple(labels.shape)}: pass loss=, a callable (model, batch) -> losses"
+            )
+        return label_losses(logits[:, :-1], labels[:, 1:]) if self._shifted else label_losses(logits, labels)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """The model's logits for ``batch``."""
@@ -138,27 +148,34 @@ class SampleLosses:
         return next_token_losses(logits, ids)
 
     def check_causal(self, batch: Batch) -> None:
-        """See that no logits depend on later tokens, by changing the last token of a small batch.
+        """Find out on a small batch whether the model predicts next tokens.
 
         Raises:
-            InputError: they do, so that a next-token loss would mean nothing.
+            InputError: it does not, and plain ids were given.
         """
-        if not self.plain:
-            return
+        if self.plain:
+            if not self._is_causal(batch):
+                raise InputError(
+                    f"{type(self.model).__name__} is not causal (its logits depend on later tokens), so the "
+                    "next-token loss means nothing: pass loss=, or a mapping with labels as calibration"
+                )
+        elif self.loss is None and not config_value(self.model, "is_encoder_decoder"):
+            ids, labels = batch.inputs.get("input_ids"), batch.inputs["labels"]
+            self._shifted = ids is not None and ids.shape == labels.shape and self._is_causal(batch)
+
+    def _is_causal(self, batch: Batch) -> bool:
+        """Whether logits stay where they are when the last token changes."""
         ids = batch.inputs["input_ids"]
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, -1] - 1).abs(), ids[:, 0])
         with torch.no_grad():
-            first = logits_of(self.model, {"input_ids": ids})
-            second = logits_of(self.model, {"input_ids": other})
+            first = self.logits(batch)
+            second = logits_of(self.model, {**batch.inputs, "input_ids": other})
         if first.dim() != 3 or first.shape[:2] != ids.shape:
             self.of_logits(first, batch)
+        tolerance = 3e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
         first, second = first[:, :-1].float(), second[:, :-1].float()
-        if float((first - second).abs().max()) > 1e-2 * float(first.abs().max()):
-            raise InputError(
-                f"{type(self.model).__name__} is not causal (its logits depend on later tokens), so the next-token "
-                "loss means nothing: pass loss=, or a mapping with labels as calibration"
-            )
+        return float((first - second).abs().max()) <= tolerance * float(first.abs().max())
 
 
 def check_losses(losses: torch.Tensor, first: int = 0) -> None:
@@ -174,8 +191,9 @@ def check_losses(losses: torch.Tensor, first: int = 0) -> None:
     bad = (~torch.isfinite(losses.detach())).nonzero()
     if len(bad):
         sample = int(bad[0])
+        value = float(losses.detach()[sample])
         raise CalibrationError(
-            f"the loss of calibration sample {first + sample} is {float(losses[sample])}: the model's weights or "
+            f"the loss of calibration sample {first + sample} is {value}: the model's weights or "
             "its precision cannot carry this sample"
         )
 
@@ -193,7 +211,7 @@ class HeadUse(Protocol):
 
 
 def _slice_rows(tokens: int) -> int:
-    return max(256, SLICE_BYTES // (4 * max(1, tokens)))
+    return max(SLICE_ROWS, SLICE_BYTES // (4 * max(1, tokens)))
 
 
 class FusedLoss(torch.autograd.Function):
@@ -205,7 +223,7 @@ class FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -227,9 +245,8 @@ class FusedLoss(torch.autograd.Function):
             logits = upcast(F.linear(x, weight[start:stop], None if bias is None else bias[start:stop]))
             now = torch.maximum(top, logits.amax(1))
             inside = (targets >= start) & (targets < stop)
-            picked += torch.where(
-                inside, logits.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None])[:, 0], 0
-            )
+            place = (targets - start).clamp(0, stop - start - 1)
+            picked += torch.where(inside, logits.gather(1, place[:, None])[:, 0], 0)
             total = total * (top - now).exp() + logits.sub_(now[:, None]).exp_().sum(1)
             top = now
         logsum = top + total.log()
@@ -264,3 +281,7 @@ class FusedLoss(torch.autograd.Function):
         full = torch.zeros_like(hidden)
         full[:, :-1] = dx.view(samples, length, -1)
         return full, None, None, None, None, None
+
+
+fused_loss: Callable[..., torch.Tensor] = FusedLoss.apply
+"""Mean next-token losses by :class:`FusedLoss`."""

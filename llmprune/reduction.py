@@ -40,10 +40,9 @@ class _Pieces:
     """The rows of the weight that ``linear``'s dy stand for; None for all."""
     transposed: bool = False
     count: int = 0
-
-    def add(self, kind: str, start: int, first: torch.Tensor, second: torch.Tensor) -> None:
-        groups = self.linear if kind == "linear" else self.lookup
-        groups.setdefault(start, []).append((first, second))
+    """Uses times samples so far."""
+    sizes: dict[int, int] = field(default_factory=dict)
+    """First sample of a group of samples -> how many it has."""
 
 
 def _joined(groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,13 +65,15 @@ class Reducer:
     Args:
         importance: Which elementwise importance.
         parameters: Name -> the parameter whose structures are scored.
-        samples: How many samples ``s`` is a mean over, and ``g`` with it; 1 for first order, where samples need not be
-            told apart. The loss that runs backward is the samples' sum, so that each sample's rows of ``dy`` carry
-            its own gradient.
-        uses: Name -> how many uses make a parameter's gradient complete. None: nothing is reduced, uses are counted.
+        samples: How many there are. The loss that runs backward is their sum.
+        uses: Name -> how many uses in one pass make a parameter's gradient complete.
         done: Called with the name of each parameter that is complete.
+        fold: Add gradients up in accumulators of the weight's size instead of keeping what passes: for more tokens
+            than a weight has rows and columns.
 
-    ``samples`` counts the groups that ``s`` tells apart; ``begin`` says which of them the coming uses belong to.
+    Attributes:
+        grouped: Whether samples are told apart: for second order, whose ``s`` is a mean of squares over them.
+        groups: In how many groups the rows of the current uses fall: one a sample where these are told apart.
     """
 
     def __init__(
@@ -82,24 +83,28 @@ class Reducer:
         samples: int,
         uses: Mapping[str, int],
         done: Callable[[str], None],
+        fold: bool = False,
     ):
         self.importance, self.parameters, self.samples = importance, parameters, samples
-        self.uses, self.done = uses, done
+        self.uses, self.done, self.fold = uses, done, fold
+        self.grouped = importance.order > 1
         self.sums: Sums = {name: [np.zeros(n) for n in p.shape] for name, p in parameters.items()}
         self.ids: dict[str, list[torch.Tensor]] = {}
         """Embedding name -> the ids it has looked up so far, (S, T) each."""
         self._pieces: dict[str, _Pieces] = {}
-        self._complete: set[str] = set()
-        self._start, self._here = 0, samples
+        self.complete: set[str] = set()
+        """Names of the parameters that are reduced."""
+        self._accumulators: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self.start, self.here = 0, samples
 
     def begin(self, start: int, stop: int) -> None:
         """Uses from now on belong to samples ``start`` to ``stop``."""
-        self._start, self._here = start, stop - start
+        self.start, self.here = start, stop - start
 
     @property
-    def here(self) -> int:
-        """How many samples the current uses hold."""
-        return self._here
+    def groups(self) -> int:
+        """See the class."""
+        return self.here if self.grouped else 1
 
     def _scored(self, name: str) -> torch.Tensor:
         return self.parameters[name].detach()
@@ -118,17 +123,18 @@ class Reducer:
         """A use as ``y = x W^T``: x (S, T, in), dy (S, T, out), samples in order; ``rows`` limits out to these."""
         pieces = self._pieces.setdefault(name, _Pieces())
         pieces.transposed, pieces.rows = transposed, rows
-        pieces.add("linear", self._start, x, dy)
+        self._add(name, pieces, pieces.linear, x, dy)
         self._count(name)
 
     def lookup(self, name: str, ids: torch.Tensor, dy: torch.Tensor, padding: int | None) -> None:
         """A use as ``y = W[ids]``: ids (S, T), dy (S, T, width); row ``padding`` gets no gradient."""
         if padding is not None:
             dy = dy.masked_fill((ids == padding)[..., None], 0)
+        pieces = self._pieces.setdefault(name, _Pieces())
         if self.importance.additive:
             self._lookup_signed(name, ids, dy)
         else:
-            self._pieces.setdefault(name, _Pieces()).add("lookup", self._start, ids, dy)
+            self._add(name, pieces, pieces.lookup, ids, dy)
         self._count(name)
 
     def linear_signed(
@@ -145,21 +151,38 @@ class Reducer:
     ) -> None:
         """A use for an additive importance, all (tokens, ...): no weight gradient is formed.
 
-        Row sums of ``g*w`` are ``sum_t dy*(y - bias)``, column sums ``sum_t x*dx``. ``start`` is the first row that dy
-        and y stand for; without dx's columns (None is not allowed) nothing could be said of the inputs.
+        Row sums of ``g*w`` are ``sum_t dy*(y - bias)``, column sums ``sum_t x*dx``. ``start`` is the first row of the
+        weight that dy and y stand for; with ``count`` off, :meth:`inputs_signed` is to follow.
         """
-        out, inner = (1, 0) if transposed else (0, 1)
-        self._dots(dy, y, self.sums[name][out][start : start + dy.shape[1]])
+        rows = self.sums[name][1 if transposed else 0][start : start + dy.shape[1]]
+        self._dots(dy, y, rows)
         if bias is not None:
-            part = dy.sum(0, dtype=torch.float64) * bias.detach().double()[start : start + dy.shape[1]]
-            self.sums[name][out][start : start + dy.shape[1]] -= part.numpy()
+            rows -= (
+                dy.sum(0, dtype=torch.float64) * bias.detach().double()[start : start + dy.shape[1]]
+            ).numpy()
         if count:
-            self._dots(x, dx, self.sums[name][inner])
-            self._count(name)
+            self.inputs_signed(name, x, dx, transposed)
+
+    def inputs_signed(self, name: str, x: torch.Tensor, dx: torch.Tensor, transposed: bool = False) -> None:
+        """The inputs' side of a use for an additive importance, and with it the use's end."""
+        self._dots(x, dx, self.sums[name][0 if transposed else 1])
+        self._count(name)
+
+    def row_slice(self, name: str, start: int, stop: int, x: torch.Tensor, dy: torch.Tensor) -> None:
+        """All uses of rows ``start:stop`` of a weight at once: x (S, T, in), dy (S, T, stop - start)."""
+        row, col = self.sums[name]
+        self._reduce_linear(self._scored(name)[start:stop], x, dy, row[start:stop], col)
+
+    def reduced(self, name: str) -> None:
+        """All row slices of a weight have been reduced."""
+        self.complete.add(name)
+        self.done(name)
 
     @staticmethod
     def _dots(a: torch.Tensor, b: torch.Tensor, out: np.ndarray) -> None:
-        _core.dot_columns(a.detach().contiguous(), b.detach().contiguous(), out)
+        _core.dot_columns(
+            a.detach().contiguous(), b.detach().contiguous(), out, threads=torch.get_num_threads()
+        )
 
     def per_sample(self, name: str, gradients: torch.Tensor) -> None:
         """Gradients of a parameter for each sample, (samples, *shape)."""
@@ -169,23 +192,72 @@ class Reducer:
     def whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None = None) -> None:
         """A parameter's whole mean gradient, and mean square where the importance needs it; None for zeros."""
         self._reduce_tensor(self._scored(name), grad, square, self.sums[name])
-        self._complete.add(name)
+        self.complete.add(name)
         self.done(name)
+
+    @property
+    def _key(self) -> int:
+        """Under what to keep the current uses."""
+        return self.start if self.grouped else 0
+
+    def _add(
+        self,
+        name: str,
+        pieces: _Pieces,
+        groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]],
+        first: torch.Tensor,
+        second: torch.Tensor,
+    ) -> None:
+        """Keep a use. Uses of one parameter in differently cut groups of samples cannot be put side by side."""
+        groups.setdefault(self._key, []).append((first.detach(), second.detach()))
+        if self.grouped:
+            size = pieces.sizes.setdefault(self.start, self.here)
+            if size != self.here or sum(pieces.sizes.values()) > self.samples:
+                raise Reroute({name})
 
     # Completion -----------------------------------------------------------------------------------------------------
 
     def _count(self, name: str) -> None:
         pieces = self._pieces.setdefault(name, _Pieces())
-        pieces.count += 1
-        expected = self.uses.get(name, 0)
+        pieces.count += self.here
+        expected = self.uses.get(name, 0) * self.samples
         if pieces.count > expected:
             raise Reroute({name})
-        if pieces.count == expected:
-            if not self.importance.additive:
-                self._reduce(name, pieces)
-            self._pieces[name] = _Pieces(count=pieces.count)
-            self._complete.add(name)
-            self.done(name)
+        parts = self.here < self.samples or name in self._accumulators
+        if self.fold and parts and not self.importance.additive:
+            self._fold(name, pieces)
+        if pieces.count < expected:
+            return
+        if name in self._accumulators:
+            self._reduce_tensor(self._scored(name), *self._accumulators.pop(name), self.sums[name])
+        elif not self.importance.additive:
+            self._reduce(name, pieces)
+        self._pieces[name] = _Pieces(count=pieces.count)
+        self.complete.add(name)
+        self.done(name)
+
+    def _fold(self, name: str, pieces: _Pieces) -> None:
+        """Move what has come in for the current samples, once it is all there, into accumulators."""
+        key = self._key
+        here = [len(groups.get(key, ())) for groups in (pieces.linear, pieces.lookup)]
+        if self.grouped and sum(here) < self.uses[name]:
+            return
+        weight = self._scored(name)
+        if name not in self._accumulators:
+            zeros = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            self._accumulators[name] = (zeros, torch.zeros_like(zeros) if self.grouped else None)
+        mean, square = self._accumulators[name]
+        linear, lookup = pieces.linear.pop(key, []), pieces.lookup.pop(key, [])
+        for group in range(self.groups):
+            grad = torch.zeros_like(mean) if self.grouped else mean
+            for x, dy in linear:
+                pair = (x[group], dy[group]) if pieces.transposed else (dy[group], x[group])
+                grad.addmm_(pair[0].to(grad.dtype).t(), pair[1].to(grad.dtype))
+            for ids, dy in lookup:
+                grad.index_add_(0, ids[group], dy[group].to(grad.dtype))
+            if square is not None:
+                mean.add_(grad, alpha=1 / self.samples)
+                _core.accumulate_square(square, grad, 1 / self.samples, threads=torch.get_num_threads())
 
     def check_complete(self) -> None:
         """See that every streamed parameter had the expected uses.
@@ -193,7 +265,7 @@ class Reducer:
         Raises:
             Reroute: the ones that had fewer, such as a layer this batch did not reach.
         """
-        short = {name for name in self.uses if name not in self._complete}
+        short = {name for name in self.uses if name not in self.complete}
         if short:
             raise Reroute(short)
 
@@ -209,7 +281,7 @@ class Reducer:
             self._reduce_lookup(weight, ids, dlookup, sums)
             return
         x, dy = _joined(pieces.linear)
-        used = ids.unique()
+        used = ids.unique()  # type: ignore[no-untyped-call]
         if pieces.rows is None:
             self.unused_rows(name, 0, used, x, dy)
             dy = dy[..., used]
@@ -229,9 +301,9 @@ class Reducer:
         """Weight (out, in), x (S, T, in), dy (S, T, out) -> added to row (out) and col (in)."""
         _core.linear_scores(
             weight,
-            x.reshape(-1, x.shape[-1]).contiguous(),
-            dy.reshape(-1, dy.shape[-1]).contiguous(),
-            self.samples,
+            x.detach().reshape(-1, x.shape[-1]).contiguous(),
+            dy.detach().reshape(-1, dy.shape[-1]).contiguous(),
+            len(x),
             self.importance.order,
             row,
             col,
@@ -254,8 +326,14 @@ class Reducer:
         if square is None and self.importance.order > 1:
             square = torch.zeros_like(weight)
         if self.importance.kernel is not None:
-            contiguous = [None if t is None else t.detach().contiguous() for t in (weight, grad, square)]
-            _core.tensor_scores(contiguous[0], contiguous[1], contiguous[2], self.importance.kernel, outs)
+            _core.tensor_scores(
+                weight.detach().contiguous(),
+                None if grad is None else grad.detach().contiguous(),
+                None if square is None else square.detach().contiguous(),
+                self.importance.kernel,
+                outs,
+                threads=torch.get_num_threads(),
+            )
             return
         double = [weight.double() if t is None else t.detach().double() for t in (weight, grad, square)]
         element = self.importance.element(double[0], double[1], double[2])
@@ -272,17 +350,17 @@ class Reducer:
         self, weight: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor, sums: list[np.ndarray]
     ) -> None:
         """An embedding's rows: only those looked up have a gradient."""
-        used, place = ids.unique(return_inverse=True)
+        used, place = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         kind = torch.promote_types(dy.dtype, torch.float32)
         grad = torch.zeros((len(used), weight.shape[1]), dtype=kind)
         square = torch.zeros_like(grad) if self.importance.order > 1 else None
-        for sample in range(self.samples):
+        for sample in range(len(ids)):
             mine, where = place[sample].unique(return_inverse=True)
             part = torch.zeros((len(mine), weight.shape[1]), dtype=kind)
             part.index_add_(0, where, dy[sample].to(kind))
-            grad[mine] += part / self.samples
+            grad[mine] += part / len(ids)
             if square is not None:
-                square[mine] += part.square() / self.samples
+                square[mine] += part.square() / len(ids)
         row = np.zeros(len(used))
         self._reduce_tensor(weight[used], grad, square, [row, sums[1]])
         sums[0][used.numpy()] += row
@@ -329,7 +407,7 @@ class Reducer:
 
 @dataclass
 class HeadRows:
-    """What :class:`llmprune.loss.FusedLoss` tells of the final projection, passed on to a reducer.
+    """What :mod:`llmprune.loss` tells of the final projection, passed on to a reducer.
 
     A weight tied to the embedding is reduced in two parts: rows no sample looked up at once, the others when the
     embedding's own gradient is in.
@@ -345,7 +423,7 @@ class HeadRows:
         """Note which rows the embedding has looked up, if the weight is one."""
         looked_up = self.reducer.ids.get(self.name)
         if looked_up and not self.reducer.importance.additive:
-            self._used = torch.cat([ids.reshape(-1) for ids in looked_up]).unique()
+            self._used = torch.cat([ids.reshape(-1) for ids in looked_up]).unique()  # type: ignore[no-untyped-call]
 
     def rows(self, start: int, stop: int, x: torch.Tensor, dy: torch.Tensor, y: torch.Tensor) -> None:
         """Reduce rows ``start:stop``; see :class:`llmprune.loss.HeadUse`."""
@@ -353,27 +431,19 @@ class HeadRows:
         if reducer.importance.additive:
             reducer.linear_signed(self.name, x, x, dy, y, self.bias, False, count=False, start=start)
             return
-        samples = reducer.samples
-        x, dy = x.view(samples, -1, x.shape[-1]), dy.view(samples, -1, dy.shape[-1])
+        x, dy = (t.view(reducer.groups, -1, t.shape[-1]) for t in (x, dy))
         if self._used is not None:
             self._held.append(dy[..., reducer.unused_rows(self.name, start, self._used, x, dy)])
-            return
-        sums = reducer.sums[self.name]
-        reducer._reduce_linear(reducer._scored(self.name)[start:stop], x, dy, sums[0][start:stop], sums[1])
+        else:
+            reducer.row_slice(self.name, start, stop, x, dy)
 
     def inputs(self, x: torch.Tensor, dx: torch.Tensor) -> None:
         """All rows are done; see :class:`llmprune.loss.HeadUse`."""
         reducer = self.reducer
         if reducer.importance.additive:
-            reducer._dots(x, dx, reducer.sums[self.name][1])
-            reducer._count(self.name)
+            reducer.inputs_signed(self.name, x, dx)
         elif self._used is not None:
-            samples = reducer.samples
-            reducer.linear(
-                self.name, x.view(samples, -1, x.shape[-1]), torch.cat(self._held, -1), rows=self._used
-            )
+            rows = torch.cat(self._held, -1)
+            reducer.linear(self.name, x.view(reducer.groups, -1, x.shape[-1]), rows, rows=self._used)
         else:
-            pieces = reducer._pieces.setdefault(self.name, _Pieces())
-            pieces.count += 1
-            reducer._complete.add(self.name)
-            reducer.done(self.name)
+            reducer.reduced(self.name)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ AGGREGATIONS: dict[str, Aggregate] = {
     "product": lambda members: members.prod(0),
     "last": lambda members: members[-1],
 }
-"""Name -> members' scores (members in execution order, axis size) to the group's (axis size,); Ma et al. 2023, sec. 3.2."""
+"""Name -> members' scores (members in execution order, axis size) to the group's, (axis size,)."""
 
 _FORMAT = "llmprune.scores/1"
 
@@ -193,6 +194,8 @@ def score(
     tokenizer: Any = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
+    batch_size: int | None = None,
+    checkpointing: bool | None = None,
     loss: UserLoss | None = None,
     quiet: bool | None = None,
 ) -> Scores:
@@ -216,6 +219,10 @@ def score(
         tokenizer: For texts.
         samples: How many samples to take from texts.
         length: Their length in tokens.
+        batch_size: How many samples run at a time; None for as many as fit in memory. It changes the scores by
+            rounding only.
+        checkpointing: Keep only the inputs of the model's repeated blocks and run each block again in the backward
+            pass: a third more time, a fraction of the memory; None for only when memory would not suffice.
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.
 
@@ -229,6 +236,8 @@ def score(
         raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
     axes = [axis for axis in graph.axes if axis.prunable]
     parameters = _scored_parameters(model, graph, axes)
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
     digest = None
     if rule.order < 0:
         values = {axis.id: np.random.default_rng((seed, axis.id)).random(axis.size) for axis in axes}
@@ -236,11 +245,12 @@ def score(
         _check_weights(parameters)
         with tqdm(total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet) as bar:
             if rule.order == 0:
-                sums = _weights_only(parameters, rule, lambda name: _tick(bar, name))
+                sums = _weights_only(parameters, rule, partial(_tick, bar))
             else:
                 batch = _calibration(model, calibration, tokenizer, samples, length, importance)
                 digest = batch.hash
-                sums = _streamed(model, batch, loss, parameters, rule, lambda name: _tick(bar, name))
+                tick = partial(_tick, bar)
+                sums = _streamed(model, batch, loss, parameters, rule, tick, batch_size, checkpointing)
         values = _grouped(axes, sums, rule, aggregation)
     return Scores(
         values,
@@ -265,7 +275,7 @@ def _scored_parameters(model: nn.Module, graph: Graph, axes: Sequence[Axis]) -> 
         if name not in own or tuple(own[name].shape) != tuple(shape):
             found = f"has shape {tuple(own[name].shape)} there" if name in own else "is missing there"
             raise InputError(
-                f"the graph is not of this {type(model).__name__}: its parameter {name} of shape {tuple(shape)} {found}; "
+                f"the graph is not of this {type(model).__name__}: parameter {name} of shape {tuple(shape)} {found}; "
                 "trace the model you score"
             )
     wanted = dict.fromkeys(
@@ -333,10 +343,22 @@ def _streamed(
     parameters: Mapping[str, nn.Parameter],
     rule: Importance,
     progress: Callable[[str], None],
+    batch_size: int | None,
+    checkpointing: bool | None,
 ) -> Sums:
+    """First and second order, with the model as it was afterwards."""
     losses_of = SampleLosses(model, loss, batch)
     with undisturbed(model):
-        return streamed_sums(model, batch, losses_of, parameters, rule, progress=progress)
+        return streamed_sums(
+            model,
+            batch,
+            losses_of,
+            parameters,
+            rule,
+            progress=progress,
+            batch_size=batch_size,
+            checkpointing=checkpointing,
+        )
 
 
 def _grouped(axes: Sequence[Axis], sums: Sums, rule: Importance, aggregation: str) -> dict[int, np.ndarray]:

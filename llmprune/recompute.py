@@ -1,0 +1,262 @@
+"""Repeated blocks of a model, found by watching a forward pass, and run without keeping what happens inside them.
+
+With checkpointing, a block's forward keeps only the activation that enters it. When backward reaches the block it is
+run again, a few samples at a time, now recording (Chen et al. 2016); what the parameters inside see streams to the
+reducer as usual. Neither modules nor their hooks are touched: torch's global forward hooks are set for the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+
+
+@dataclass(eq=False)
+class Block:
+    """A module whose input is another such module's output.
+
+    ``batched`` tells, for each leaf of its (args, kwargs), whether the first dimension is the sample.
+    """
+
+    module: nn.Module
+    batched: tuple[bool, ...]
+    exclusive: frozenset[int] = frozenset()
+    """ids of the parameters that no module outside this block has."""
+
+
+@dataclass(eq=False)
+class _Call:
+    module: nn.Module
+    entered: torch.Tensor | None
+    left: torch.Tensor | None
+    batched: tuple[bool, ...]
+
+
+def _first_tensor(leaves: list[Any]) -> torch.Tensor | None:
+    return next(
+        (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
+    )
+
+
+@contextmanager
+def watch_blocks(model: nn.Module, samples: int) -> Iterator[Callable[[], list[Block]]]:
+    """Watch one forward pass with ``samples`` samples; the yielded function then tells the blocks found.
+
+    Blocks are members of a ``ModuleList`` or ``Sequential`` that are called once each, two or more in a row, where
+    each takes the previous one's output itself. Of nested chains the outermost counts.
+    """
+    members = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for child in module.children()
+    }
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if id(module) in members:
+            leaves = pytree.tree_leaves((args, kwargs))
+            batched = tuple(
+                isinstance(t, torch.Tensor) and t.dim() > 0 and t.shape[0] == samples for t in leaves
+            )
+            calls.append(
+                _Call(module, _first_tensor(leaves), _first_tensor(pytree.tree_leaves(output)), batched)
+            )
+
+    handle = register_module_forward_hook(note, with_kwargs=True)
+    try:
+        yield lambda: _chains(model, calls)
+    finally:
+        handle.remove()
+        for call in calls:
+            call.entered = call.left = None
+
+
+def _chains(model: nn.Module, calls: list[_Call]) -> list[Block]:
+    times: dict[int, int] = {}
+    for call in calls:
+        times[id(call.module)] = times.get(id(call.module), 0) + 1
+    once = [call for call in calls if times[id(call.module)] == 1]
+    producer = {id(call.left): call for call in once if call.left is not None}
+    linked: set[int] = set()
+    for call in once:
+        before = producer.get(id(call.entered))
+        if before is not None and before is not call:
+            linked |= {id(before.module), id(call.module)}
+    chosen = [call for call in once if id(call.module) in linked]
+    inner = {id(m) for call in chosen for m in call.module.modules() if m is not call.module}
+    blocks = [Block(call.module, call.batched) for call in chosen if id(call.module) not in inner]
+    _find_exclusive(model, blocks)
+    return blocks
+
+
+def _find_exclusive(model: nn.Module, blocks: list[Block]) -> None:
+    owner: dict[int, int] = {}
+    home = {id(module): number for number, block in enumerate(blocks) for module in block.module.modules()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            number = home.get(id(module), -1)
+            owner[id(parameter)] = number if owner.get(id(parameter), number) == number else -1
+    for number, block in enumerate(blocks):
+        block.exclusive = frozenset(key for key, where in owner.items() if where == number)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One block's call, to be repeated."""
+
+    owner: Checkpoints
+    block: Block
+    leaves: list[Any]
+    spec: Any
+    outputs: list[torch.Tensor]
+    differentiable: list[int] = field(default_factory=list)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Hands on outputs computed without recording; backward runs the block again with recording."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Run, anchor: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs, run.outputs = run.outputs, []
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return None, None, *ctx.run.owner.again(ctx.run, ctx.saved_tensors, gradients)
+
+
+_recomputed: Callable[..., tuple[torch.Tensor, ...]] = _Recomputed.apply
+
+
+class Checkpoints:
+    """Runs blocks with recomputation for as long as it is entered.
+
+    Args:
+        blocks: Which modules.
+        samples: How many samples the calls hold.
+        batch_size: How many of them to recompute at a time.
+        recording: Entered around each recomputation: (first sample, past the last) -> context.
+        finished: Called with each block when its backward is done.
+    """
+
+    def __init__(
+        self,
+        blocks: list[Block],
+        samples: int,
+        batch_size: int,
+        recording: Callable[[int, int], Any],
+        finished: Callable[[Block], None],
+    ):
+        self._blocks = {id(block.module): block for block in blocks}
+        self.samples, self.batch_size = samples, batch_size
+        self.recording, self.finished = recording, finished
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Checkpoints:
+        """Set the hooks."""
+        self._handles = [
+            register_module_forward_pre_hook(self._entering),
+            register_module_forward_hook(self._leaving, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Remove them; recorded outputs can still run backward."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        torch.set_grad_enabled(True)  # a block that raised left it off
+
+    def _entering(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._blocks:
+            torch.set_grad_enabled(False)
+
+    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        block = self._blocks.get(id(module))
+        if block is None:
+            return None
+        torch.set_grad_enabled(True)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        parts, structure = pytree.tree_flatten(output)
+        places = [
+            i for i, part in enumerate(parts) if isinstance(part, torch.Tensor) and part.is_floating_point()
+        ]
+        run = _Run(self, block, leaves, spec, [parts[i] for i in places])
+        run.differentiable = [
+            i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad
+        ]
+        inputs = [leaves[i] for i in run.differentiable]
+        for i in run.differentiable:
+            leaves[i] = None  # kept by autograd alone, which frees them in time
+        for place, tensor in zip(places, _recomputed(run, self._anchor, *inputs), strict=True):
+            parts[place] = tensor
+        return pytree.tree_unflatten(parts, structure)
+
+    def again(
+        self, run: _Run, inputs: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """Run a block forward and backward, ``batch_size`` samples at a time; the gradients of its inputs."""
+        totals: list[torch.Tensor | None] = [None] * len(inputs)
+        for start in range(0, self.samples, self.batch_size):
+            stop = min(start + self.batch_size, self.samples)
+            with self.recording(start, stop):
+                self._part(run, inputs, gradients, start, stop, totals)
+        self.finished(run.block)
+        return totals
+
+    def _part(
+        self,
+        run: _Run,
+        inputs: tuple[torch.Tensor, ...],
+        gradients: tuple[torch.Tensor | None, ...],
+        start: int,
+        stop: int,
+        totals: list[torch.Tensor | None],
+    ) -> None:
+        whole = stop - start == self.samples
+
+        def cut(tensor: torch.Tensor, index: int) -> torch.Tensor:
+            batched = run.block.batched[index] and tensor.shape[0] == self.samples
+            return tensor[start:stop] if batched and not whole else tensor
+
+        leaves = [
+            cut(leaf, i) if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(run.leaves)
+        ]
+        own = [
+            cut(t.detach(), i).detach().requires_grad_()
+            for t, i in zip(inputs, run.differentiable, strict=True)
+        ]
+        for i, tensor in zip(run.differentiable, own, strict=True):
+            leaves[i] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, run.spec)
+        output = run.block.module(*args, **kwargs)
+        parts = [
+            t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()
+        ]
+        pairs = []
+        for part, gradient in zip(parts, gradients, strict=True):
+            if gradient is not None and part.requires_grad:
+                batched = not whole and gradient.shape[0] == self.samples and part.shape[0] == stop - start
+                pairs.append((part, gradient[start:stop] if batched else gradient))
+        torch.autograd.backward([part for part, _ in pairs], [gradient for _, gradient in pairs])
+        for number, (tensor, index) in enumerate(zip(own, run.differentiable, strict=True)):
+            if tensor.grad is None:
+                continue
+            if whole:
+                totals[number] = tensor.grad
+                continue
+            total = totals[number]
+            if total is None:
+                totals[number] = total = torch.zeros_like(inputs[number])
+            cut(total, index).add_(tensor.grad)
