@@ -12,6 +12,7 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 from setuptools import Extension, setup
 
 SOURCES = ("csrc/core/*.c", "csrc/kernels/cpu/*.c", "csrc/binding/*.c")
@@ -52,7 +53,7 @@ setup(
             "llmprune._core",
             sources=matching(SOURCES),
             depends=[*matching(HEADERS), "setup.py"],
-            include_dirs=["csrc"],
+            include_dirs=["csrc", numpy.get_include()],
             define_macros=[("_GNU_SOURCE", "1"), dlpack_define()],
             extra_compile_args=[*flags, "-pthread"],
             extra_link_args=["-pthread"],

@@ -16,7 +16,7 @@ additive: q and o share their heads with k and v), and what is left of the budge
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,13 +33,6 @@ Indices = npt.NDArray[np.int64]
 Layer = tuple[str, int]
 
 ALLOCATIONS = ("uniform", "global")
-
-
-class MemberLike(Protocol):
-    """The part of :class:`llmprune.graph.Member` that names a parameter."""
-
-    @property
-    def parameter(self) -> str: ...
 
 
 def rank(scores: Array) -> Indices:
@@ -60,9 +53,9 @@ def stacks(names: Sequence[str]) -> dict[str, int]:
     return {prefix: len(found) for prefix, found in children.items() if max(found) == len(found) - 1}
 
 
-def layer_of(members: Sequence[MemberLike], known: Mapping[str, int]) -> Layer | None:
-    """The layer all members lie in, as (stack prefix, number); None for an axis that spans layers or lies outside."""
-    found = {_layer(member.parameter, known) for member in members}
+def layer_of(names: Iterable[str], known: Mapping[str, int]) -> Layer | None:
+    """The layer all parameters lie in, as (stack prefix, number); None where they span layers or lie outside."""
+    found = {_layer(name, known) for name in names}
     return found.pop() if len(found) == 1 else None
 
 
@@ -99,6 +92,8 @@ class Candidate:
         size: its size.
         scores: float64 (size,), lower goes first.
         multiple: the number of kept indices must be a multiple of this.
+        nested: float64 (outer size, size) for an axis that gives up a different choice for every index of the axis
+            around it, as many each; ``scores`` are then the sums of the lowest, second lowest, ... of every row.
     """
 
     axis: int
@@ -106,6 +101,13 @@ class Candidate:
     size: int
     scores: Array
     multiple: int = 1
+    nested: Array | None = None
+
+    def choose(self, count: int) -> Indices:
+        """The ``count`` indices of the lowest scores, sorted; a row of them for each outer index if nested."""
+        if self.nested is None:
+            return np.sort(rank(self.scores)[:count])
+        return np.stack([np.sort(rank(row)[:count]) for row in self.nested])
 
     def removals(self) -> Indices:
         """Removed counts after each step, ascending; empty where not even one step is possible."""

@@ -381,7 +381,7 @@ def _removed(plan: Any) -> list[dict[str, Any]]:
             "axis": int(axis),
             "kind": axes.get(axis, {}).get("kind", "other"),
             "size": int(axes.get(axis, {}).get("size", 0)),
-            "removed": [int(i) for i in indices],
+            "removed": np.asarray(indices).tolist(),
         }
         for axis, indices in getattr(plan, "removed", {}).items()
     ]

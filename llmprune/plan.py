@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
 
 Indices = npt.NDArray[np.int64]
+Array = npt.NDArray[np.float64]
 
 KINDS = (
     "head",
@@ -65,7 +66,8 @@ class Plan:
     """What one pruning removes.
 
     Attributes:
-        removed: axis id -> sorted removed indices, after closure over ties.
+        removed: axis id -> sorted removed indices, after closure over ties; (outer size, k) where each index of the
+            axis around it (a key-value head) loses k indices of its own choice (query heads).
         kept: canonical parameter or buffer name -> dimension -> sorted kept positions of the original; only what
             changes.
         attributes: module attributes that take a new value.
@@ -96,7 +98,12 @@ class Plan:
         """The plan as a JSON object; index lists as runs."""
         return {
             "format": _FORMAT,
-            "removed": {str(axis): encode_indices(indices) for axis, indices in self.removed.items()},
+            "removed": {
+                str(axis): encode_indices(indices)
+                if indices.ndim == 1
+                else [encode_indices(row) for row in indices]
+                for axis, indices in self.removed.items()
+            },
             "kept": {
                 name: {str(dim): encode_indices(kept) for dim, kept in dims.items()}
                 for name, dims in self.kept.items()
@@ -123,7 +130,12 @@ class Plan:
             raise PlanError(f"this is no pruning plan of format {_FORMAT} (found {data.get('format')!r})")
         try:
             return cls(
-                removed={int(axis): decode_indices(text) for axis, text in data["removed"].items()},
+                removed={
+                    int(axis): decode_indices(text)
+                    if isinstance(text, str)
+                    else np.stack([*map(decode_indices, text)])
+                    for axis, text in data["removed"].items()
+                },
                 kept={
                     name: {int(dim): decode_indices(text) for dim, text in dims.items()}
                     for name, dims in data["kept"].items()
@@ -207,7 +219,7 @@ def plan(
     scores: Mapping[int, npt.ArrayLike] | None = None,
     ratio: float | Mapping[str, float] | None = None,
     *,
-    removed: Mapping[int, Iterable[int]] | None = None,
+    removed: Mapping[int, npt.ArrayLike] | None = None,
     kinds: Sequence[str] = ("head", "ffn"),
     allocation: str = "uniform",
     protect_first: int | None = None,
@@ -222,11 +234,13 @@ def plan(
 
     Args:
         graph: the traced model.
-        scores: axis id -> float64 (axis.size,), lower goes first; of the same graph.
+        scores: axis id -> float64 (axis.size,), lower goes first; of the same graph. An attribute ``nested`` (axis id
+            -> float64 (outer size, axis size)) makes those axes lose a different choice for each outer index.
         ratio: share of the whole model's parameters that is to go, in (0, 1), reached within one group's size (one
             multiple of ``round_to``, for FFN axes). Or kind -> share of that kind's groups to remove in every layer,
             rounded down; ``kinds`` and ``allocation`` then do not matter.
-        removed: axis id -> indices to remove. All of them go, and what their ties demand.
+        removed: axis id -> indices to remove. All of them go, and what their ties demand. For an axis nested in another
+            (query heads in a key-value head) an array (outer size, k) removes different ones in each.
         kinds: kinds of axes that may give.
         allocation: ``uniform`` (every axis loses the same share) or ``global`` (ranked across layers and kinds by
             normalised score; the formula is in :mod:`llmprune.allocation`).
@@ -247,14 +261,14 @@ def plan(
         raise InputError("plan needs either a ratio (with scores) or explicit indices in removed, not both")
     axes = {axis.id: axis for axis in graph.axes}
     system = System(graph.axes, _sources(graph))
-    checked = _check_scores(graph, scores) if scores is not None else None
+    checked = _check_scores(graph, scores) if scores is not None else _Checked({}, {})
     options: dict[str, Any] = {"seed": int(seed)}
     for name in ("importance", "aggregation", "calibration_hash"):
         value = getattr(scores, name, None)
         if value is not None:
             options[name] = value
     if removed is not None:
-        wanted = _check_removed(axes, removed)
+        wanted = _check_removed(graph, removed)
     else:
         assert ratio is not None
         options |= {
@@ -266,15 +280,14 @@ def plan(
             "round_to": round_to,
             "scope": scope,
         }
-        if checked is None:
+        if scores is None:
             raise InputError(
                 "plan needs scores to choose by: llmprune.score(model, graph, calibration) makes them"
             )
         wanted = _choose(graph, system, checked, options)
-    counts, changed = close(system, {axis: len(indices) for axis, indices in wanted.items()})
+    counts, changed = close(system, {axis: indices.shape[-1] for axis, indices in wanted.items()})
     final = {
-        axis: _extend(axes[axis], wanted.get(axis), count, None if checked is None else checked.get(axis))
-        for axis, count in sorted(counts.items())
+        axis: _extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
     }
     return Plan(
         removed=final,
@@ -295,61 +308,89 @@ def _sources(graph: Graph) -> list[Any]:
     return [graph] if second is None else [graph, second]
 
 
+def _names(axis: Axis) -> list[str]:
+    """The parameters and buffers it cuts, in execution order (no positions are built for this)."""
+    return [name for name, _ in axis.places]
+
+
 def _describe(axis: Axis) -> str:
-    members = axis.members
-    place = f" of {members[0].parameter}" if members else ""
+    names = _names(axis)
+    place = f" of {names[0]}" if names else ""
     return f"axis {axis.id} ({axis.kind}, size {axis.size}{place})"
 
 
-def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> dict[int, npt.NDArray[np.float64]]:
+@dataclass(frozen=True)
+class _Checked:
+    """Scores that fit the graph: axis id -> (axis size,), and -> (outer size, axis size) where an axis has them."""
+
+    flat: dict[int, Array]
+    nested: dict[int, Array]
+
+
+def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked:
     fingerprint = getattr(scores, "fingerprint", None)
     if fingerprint is not None and fingerprint != graph.fingerprint:
         raise PlanError(
             "these scores belong to another model or to this one before it was pruned: score it again"
         )
     axes = {axis.id: axis for axis in graph.axes}
-    out = {}
-    for key, value in scores.items():
+
+    def checked(key: int, value: npt.ArrayLike, outer: tuple[int, ...]) -> Array:
         if key not in axes:
             raise PlanError(
                 f"the scores name axis {key}, which this graph does not have: score the same graph"
             )
         array = np.asarray(value, dtype=np.float64)
-        if array.shape != (axes[key].size,):
+        if array.shape != (*outer, axes[key].size):
             raise PlanError(f"{_describe(axes[key])} has scores of shape {array.shape}: score the same graph")
         if not np.isfinite(array).all():
-            bad = int(np.flatnonzero(~np.isfinite(array))[0])
+            bad = int(np.flatnonzero(~np.isfinite(array))[0]) % axes[key].size
             raise PlanError(f"{_describe(axes[key])} has a score that is not finite at index {bad}")
-        out[key] = array
-    return out
+        return array
+
+    flat = {key: checked(key, value, ()) for key, value in scores.items()}
+    nested = {
+        key: checked(key, value, (axes[graph.outer(key)].size,))
+        for key, value in getattr(scores, "nested", {}).items()
+    }
+    return _Checked(flat, nested)
 
 
-def _check_removed(axes: Mapping[int, Axis], removed: Mapping[int, Iterable[int]]) -> dict[int, Indices]:
+def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[int, Indices]:
+    axes = {axis.id: axis for axis in graph.axes}
     out = {}
     for key, indices in removed.items():
         if key not in axes:
             raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}")
         axis = axes[key]
-        values = np.asarray(list(indices))
+        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
         if values.size == 0:
             continue
-        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+        if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
             raise InputError(f"the removed indices of axis {key} must be integers")
-        values = np.unique(values.astype(np.int64))
-        if values[0] < 0 or values[-1] >= axis.size:
-            wrong = values[0] if values[0] < 0 else values[-1]
+        values = (
+            np.unique(values.astype(np.int64))
+            if values.ndim == 1
+            else np.sort(values.astype(np.int64), axis=1)
+        )
+        if values.min() < 0 or values.max() >= axis.size:
+            wrong = values.min() if values.min() < 0 else values.max()
             raise InputError(f"{_describe(axis)} has no index {wrong}")
         if not axis.prunable:
             raise PlanError(f"{_describe(axis)} is frozen: {'; '.join(axis.reasons) or 'it is not prunable'}")
-        if values.size == axis.size:
+        if values.ndim == 2:
+            rows = axes[graph.outer(key)].size
+            if len(values) != rows or (np.diff(values, axis=1) == 0).any():
+                raise InputError(
+                    f"{_describe(axis)} needs a row of different indices for each of the {rows} indices around it"
+                )
+        if values.shape[-1] == axis.size:
             raise PlanError(f"{_describe(axis)} would lose every index: keep at least one")
         out[key] = values
     return out
 
 
-def _choose(
-    graph: Graph, system: System, scores: Mapping[int, npt.NDArray[np.float64]], options: Mapping[str, Any]
-) -> dict[int, Indices]:
+def _choose(graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]) -> dict[int, Indices]:
     """Axis id -> indices to remove for a ratio."""
     ratio = options["ratio"]
     _check_options(graph, options)
@@ -357,11 +398,9 @@ def _choose(
     if isinstance(ratio, dict):
         counts = {c.axis: c.share(ratio[c.kind]) for c in candidates}
     else:
-        total = graph.numel({})
-        target = round(ratio * total)
+        target = round(ratio * graph.numel({}))
         counts = Budget(graph, system, candidates, options["allocation"]).solve(target)
-    order = {c.axis: rank(c.scores) for c in candidates if counts.get(c.axis)}
-    return {axis: np.sort(indices[: counts[axis]]) for axis, indices in order.items()}
+    return {c.axis: c.choose(counts[c.axis]) for c in candidates if counts.get(c.axis)}
 
 
 def _check_options(graph: Graph, options: Mapping[str, Any]) -> None:
@@ -388,9 +427,7 @@ def _check_options(graph: Graph, options: Mapping[str, Any]) -> None:
         raise InputError(f"no parameter lies under the scope {scope!r}: give a module's path")
 
 
-def _candidates(
-    graph: Graph, scores: Mapping[int, npt.NDArray[np.float64]], options: Mapping[str, Any]
-) -> list[Candidate]:
+def _candidates(graph: Graph, scores: _Checked, options: Mapping[str, Any]) -> list[Candidate]:
     """The axes that may give under the options, in order of id."""
     kinds, scope = options["kinds"], options["scope"]
     chosen = [axis for axis in graph.axes if axis.prunable and axis.kind in kinds and axis.size > 1]
@@ -404,17 +441,20 @@ def _candidates(
     known = stacks(list(graph.parameters))
     out = []
     for axis in chosen:
-        if scope and not all(_under(member.parameter, scope) for member in axis.members):
+        if scope and not all(_under(name, scope) for name in _names(axis)):
             continue
-        layer = layer_of(axis.members, known)
+        layer = layer_of(filter(graph.parameters.__contains__, _names(axis)), known)
         if protected(layer, known, options["protect_first"], options["protect_last"]):
             continue
-        if axis.id not in scores:
+        if axis.id not in scores.flat:
             raise PlanError(
                 f"{_describe(axis)} has no scores: score the same graph, with this kind among its axes"
             )
         multiple = options["round_to"] if axis.kind == "ffn" else 1
-        out.append(Candidate(axis.id, axis.kind, axis.size, scores[axis.id], multiple))
+        # What something normalises over is cut alike everywhere.
+        nested = None if axis.marks else scores.nested.get(axis.id)
+        ranked = scores.flat[axis.id] if nested is None else np.sort(nested, axis=1).sum(0)
+        out.append(Candidate(axis.id, axis.kind, axis.size, ranked, multiple, nested))
     if not out:
         raise PlanError(
             f"nothing of kind {' or '.join(kinds)} is left to prune, so the largest reachable ratio is 0: "
@@ -427,16 +467,22 @@ def _under(name: str, scope: str) -> bool:
     return name == scope or name.startswith(scope + ".")
 
 
-def _extend(
-    axis: Axis, wanted: Indices | None, count: int, scores: npt.NDArray[np.float64] | None
-) -> Indices:
-    """``count`` indices of an axis: those asked for, then those of the lowest score (or index)."""
-    start = np.empty(0, dtype=np.int64) if wanted is None else wanted
-    if count == len(start):
-        return start
-    order = np.arange(axis.size, dtype=np.int64) if scores is None else rank(scores)
-    more = order[~np.isin(order, start)][: count - len(start)]
-    return np.sort(np.concatenate([start, more]))
+def _extend(axis: Axis, wanted: Indices | None, count: int, scores: _Checked) -> Indices:
+    """``count`` indices of an axis: those asked for, then those of the lowest score (or index); by row if ragged."""
+    if wanted is None:
+        wanted = np.empty(0, dtype=np.int64)
+    if wanted.shape[-1] == count:
+        return wanted
+    flat = scores.flat.get(axis.id, np.arange(axis.size, dtype=np.float64))
+
+    def extended(row: Indices, by: Array) -> Indices:
+        order = rank(by)
+        return np.sort(np.concatenate([row, order[~np.isin(order, row)][: count - len(row)]]))
+
+    if wanted.ndim == 1:
+        return extended(wanted, flat)
+    nested = scores.nested.get(axis.id, np.tile(flat, (len(wanted), 1)))
+    return np.stack([extended(row, by) for row, by in zip(wanted, nested, strict=True)])
 
 
 def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
@@ -445,8 +491,8 @@ def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[s
     out: dict[int, dict[str, Any]] = {}
     for key, indices in removed.items():
         axis = axes[key]
-        out[key] = {"kind": axis.kind, "size": axis.size, "removed": len(indices)}
-        layer = layer_of(axis.members, known)
+        out[key] = {"kind": axis.kind, "size": axis.size, "removed": indices.shape[-1]}
+        layer = layer_of(filter(graph.parameters.__contains__, _names(axis)), known)
         if layer is not None:
             out[key]["layer"] = ".".join(part for part in (layer[0], str(layer[1])) if part)
     return out

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llmprune.errors import InputError
-from llmprune.macs import count_macs, traced_tokens
 from llmprune.stages import Stage, Stages
 
 if TYPE_CHECKING:
+    from llmprune.graph import Graph
     from llmprune.plan import Plan
     from llmprune.verify import Verification
 
@@ -201,8 +201,8 @@ def prune(
         with clock.stage("verify", "comparing with the masked reference"):
             verification = verify_plan(model, plan, inputs)
     tokens = traced_tokens(graph) or 1
-    before = Size(plan.parameters_before, bytes_before, count_macs(graph) // tokens)
-    macs = count_macs(graph, plan.removed) // tokens
+    before = Size(plan.parameters_before, bytes_before, graph.macs({}) // tokens)
+    macs = graph.macs({axis: len(gone) for axis, gone in plan.removed.items()}) // tokens
     with clock.stage("compact", "taking the slices out"):
         compact(model, plan)
     report = Report(
@@ -267,6 +267,14 @@ def announcer(quiet: bool | None) -> Any:
         print(f"{name}: {doing}" if doing else name, file=sys.stderr, flush=True)
 
     return announce
+
+
+def traced_tokens(graph: Graph) -> int | None:
+    """Tokens of the traced forward pass (batch x length of ``input_ids``); None for a model without them."""
+    for sizes, _dtype, _storage, role, name in graph.tape.tensors:
+        if role == "input" and name in ("input_ids", "decoder_input_ids") and len(sizes) == 2:
+            return int(sizes[0] * sizes[1])
+    return None
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ pruning a second time read it. Positions in it are always those of the *original
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ class Compaction:
         kept: parameter or buffer name -> dimension -> kept positions of the original, sorted; only what changed.
         attributes: the attributes that differ from the original model's, with their values now.
         history: the prunings, oldest first.
+        config: fields of the model's config as its class was built from them, before any pruning changed one in place;
+            empty for a model without a config.
         state: ``complete``, or ``broken`` after a compaction that did not reach its end: such a model is unusable.
     """
 
@@ -75,6 +78,7 @@ class Compaction:
     kept: dict[str, dict[int, Positions]] = field(default_factory=dict)
     attributes: list[AttributeValue] = field(default_factory=list)
     history: list[Step] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
     state: str = "complete"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,6 +133,7 @@ class Compaction:
             kept=composed,
             attributes=list(values.values()),
             history=[*self.history, step],
+            config=self.config,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -143,6 +148,7 @@ class Compaction:
             },
             "attributes": [vars(a) for a in self.attributes],
             "history": [vars(step) for step in self.history],
+            "config": self.config,
             "state": self.state,
         }
 
@@ -159,6 +165,7 @@ class Compaction:
             },
             attributes=[AttributeValue(**a) for a in data["attributes"]],
             history=[Step(**step) for step in data["history"]],
+            config=data.get("config", {}),
             state=data.get("state", "complete"),
         )
 
@@ -169,7 +176,21 @@ def fresh(model: torch.nn.Module) -> Compaction:
     if isinstance(record, Compaction):
         return record
     shapes = {name: tuple(p.shape) for name, p in (*model.named_parameters(), *model.named_buffers())}
-    return Compaction(type(model).__name__, type(model).__module__, shapes)
+    return Compaction(
+        type(model).__name__,
+        type(model).__module__,
+        shapes,
+        config=config_snapshot(getattr(model, "config", None)),
+    )
+
+
+def config_snapshot(config: object) -> dict[str, Any]:
+    """The fields of a transformers config as JSON values; empty for anything else."""
+    write = getattr(config, "to_json_string", None)
+    if write is None:
+        return {}
+    snapshot: dict[str, Any] = json.loads(write(use_diff=False))
+    return snapshot
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,9 @@ POINTWISE = 1
 MUTATES = 2
 """Writes into its first tensor argument (in-place or ``out=``), which appears again among the outputs."""
 
+LITERAL = 4
+"""A slice or split whose borders are numbers in the model's code."""
+
 
 @dataclass
 class Tape:
@@ -65,3 +68,21 @@ class Tape:
         """The inverse of :meth:`to_json`."""
         second = data.get("second")
         return cls(**{**data, "second": None if second is None else cls.from_json(second)})
+
+
+def arguments(code: list[int]) -> list[tuple[int, list[int]]]:
+    """Decode an operation's ``code`` into (tag, payload) pairs, one for each schema argument."""
+    result, at = [], 0
+    while at < len(code):
+        tag = code[at]
+        at += 1
+        if tag in (NONE, OTHER):
+            count = 0
+        elif tag in (TENSORS, INTS, BOOLS):
+            count = code[at]
+            at += 1
+        else:
+            count = 1
+        result.append((tag, code[at : at + count]))
+        at += count
+    return result

@@ -46,4 +46,7 @@ int lp_binding_add_kernels(PyObject *module, lp_module_state *state);
 /* select.c: add rank and merge to `module`.  -1 with an exception set on failure. */
 int lp_binding_add_select(PyObject *module);
 
+/* graph.c: create _core.Graph, keep it in `state` and add it to `module`.  -1 with an exception set on failure. */
+int lp_binding_add_graph(PyObject *module, lp_module_state *state);
+
 #endif

@@ -6,6 +6,8 @@ static int module_exec(PyObject *module)
 
     if (lp_binding_add_errors(module, state) < 0 || lp_binding_add_kernels(module, state) < 0)
         return -1;
+    if (lp_binding_add_graph(module, state) < 0)
+        return -1;
     return lp_binding_add_select(module);
 }
 

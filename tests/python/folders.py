@@ -1,4 +1,4 @@
-"""A model folder as users have them: a tiny Llama, a tokenizer of single characters, texts to calibrate and judge on."""
+"""A model folder as users have them: a tiny Llama, a tokenizer of single characters, and texts."""
 
 from __future__ import annotations
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from llmprune.errors import PlanError
+
 Expression = list[tuple[int, ...]]
 """A dimension: terms one after the other, each a product of axes, outer to inner."""
 
@@ -33,6 +35,10 @@ class Axis:
     reasons: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     members: tuple[Member, ...] = ()
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        return tuple((member.parameter, member.dim) for member in self.members)
 
 
 @dataclass
@@ -93,18 +99,34 @@ class SizedGraph:
     def numel(self, removed: Mapping[int, int]) -> int:
         return sum(prod(self._shape(tensor, removed)) for tensor in self.names.values())
 
-    def kept(self, removed: Mapping[int, Sequence[int]]) -> dict[str, dict[int, np.ndarray]]:
-        gone = {(axis, int(index)) for axis, indices in removed.items() for index in indices}
+    def outer(self, axis: int) -> int:
+        for expression in (dim for dims in self.tensors for dim in dims):
+            for term in expression:
+                if axis in term[1:]:
+                    return term[term.index(axis) - 1]
+        raise PlanError(f"axis {axis} is not nested in one outer axis")
+
+    def kept(self, removed: Mapping[int, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
+        flat = {axis: indices for axis, indices in removed.items() if indices.ndim == 1}
+        gone = {(axis, int(index)) for axis, indices in flat.items() for index in indices}
+
+        def goes(label: tuple[tuple[int, int], ...]) -> bool:
+            at = dict(label)
+            ragged = (a for a in at if a in removed and a not in flat)
+            return bool(gone.intersection(label)) or any(
+                at[a] in removed[a][at[self.outer(a)]] for a in ragged
+            )
+
         out: dict[str, dict[int, np.ndarray]] = {}
         for name, tensor in self.names.items():
             for dim, expression in enumerate(self.tensors[tensor]):
                 labels = list(self.labels(expression))
-                kept = [p for p, label in enumerate(labels) if not gone.intersection(label)]
+                kept = [p for p, label in enumerate(labels) if not goes(label)]
                 if len(kept) < len(labels):
                     out.setdefault(name, {})[dim] = np.array(kept)
         return out
 
-    def marked_ops(self, removed: Mapping[int, Sequence[int]]) -> list[Any]:
+    def marked_ops(self, removed: Mapping[int, np.ndarray]) -> list[Any]:
         return []
 
 

@@ -34,10 +34,9 @@ def test_the_layer_is_the_first_number_in_a_gapless_stack() -> None:
     names = ["h.0.a.weight", "h.1.a.weight", "net.0.weight", "net.2.weight", "wte.weight", "h.1.experts.0.w"]
     known = stacks(names)
     assert known == {"h": 2, "h.1.experts": 1}
-    member = {name: type("M", (), {"parameter": name})() for name in names}
-    assert layer_of([member["h.1.a.weight"], member["h.1.experts.0.w"]], known) == ("h", 1)
-    assert layer_of([member["h.0.a.weight"], member["h.1.a.weight"]], known) is None
-    assert layer_of([member["net.2.weight"]], known) is None
+    assert layer_of(["h.1.a.weight", "h.1.experts.0.w"], known) == ("h", 1)
+    assert layer_of(["h.0.a.weight", "h.1.a.weight"], known) is None
+    assert layer_of(["net.2.weight"], known) is None
 
 
 def test_protection_scales_the_papers_choice() -> None:
@@ -232,3 +231,29 @@ def test_scores_must_be_of_this_graph() -> None:
         PLAN(g, {**scores, g.ffn[1]: broken}, 0.2)
     with pytest.raises(PlanError, match="name axis 999"):
         PLAN(g, {**scores, 999: np.zeros(3)}, 0.2)
+
+
+class Nested(dict[int, np.ndarray]):
+    """Scores that know each query head apart."""
+
+    def __init__(self, flat: dict[int, np.ndarray], nested: dict[int, np.ndarray]) -> None:
+        super().__init__(flat)
+        self.nested = nested
+
+
+def test_query_heads_go_by_their_own_scores_in_each_group() -> None:
+    g = decoder(layers=2, kv=3, group=4, pairs=2)
+    table = np.random.default_rng(3).random((3, 4))
+    scores = Nested(scored(g), dict.fromkeys(g.groups, table))
+    p = PLAN(g, scores, {"query": 0.5}, protect_first=0, protect_last=0)
+    for axis in g.groups:
+        assert p.removed[axis].tolist() == np.sort(np.argsort(table, axis=1)[:, :2], axis=1).tolist()
+        assert p.axes[axis]["removed"] == 2
+    rows = p.kept["model.layers.0.attn.o.weight"][1].reshape(3, 2, 4)  # kv x kept heads x head_dim
+    assert [sorted({int(r) // 4 % 4 for r in group.ravel()}) for group in rows] == [
+        sorted(set(range(4)) - set(row)) for row in p.removed[g.groups[0]].tolist()
+    ]
+    assert {(a.name, a.new) for a in p.attributes} == {("num_key_value_groups", 2)}
+    with_budget = PLAN(g, scores, 0.15, kinds=("query", "ffn"), protect_first=0, protect_last=0)
+    assert all(with_budget.removed[axis].shape[0] == 3 for axis in g.groups if axis in with_budget.removed)
+    assert p == PLAN(g, scores, {"query": 0.5}, protect_first=0, protect_last=0)

@@ -77,12 +77,27 @@ def test_removing_nothing_is_an_empty_plan() -> None:
         ({1: [-1]}, InputError, "has no index -1"),
         ({1: list(range(12))}, PlanError, "would lose every index"),
         ({1: [0.5]}, InputError, "must be integers"),
-        ({1: [[0], [1]]}, InputError, "must be integers"),
+        ({1: [[[0]]]}, InputError, "must be integers"),
+        ({0: [[0]]}, PlanError, "is frozen"),
+        ({4: [[0], [1]]}, InputError, "a row of different indices for each of the 3 indices around it"),
+        ({4: [[0, 0], [1, 1], [0, 1]]}, InputError, "a row of different indices"),
+        ({4: [[0, 1], [0, 1], [0, 1]]}, PlanError, "would lose every index"),
     ],
 )
 def test_bad_removals_are_one_sentence(removed: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         PLAN(decoder(), removed=removed)
+
+
+def test_each_group_may_lose_query_heads_of_its_own() -> None:
+    g = decoder(layers=1, kv=3, group=2, pairs=1, hidden=2)
+    axis = g.groups[0]
+    p = PLAN(g, removed={axis: [[0], [1], [0]]})
+    assert p.removed[axis].tolist() == [[0], [1], [0]]
+    # o's columns: kv x group x value; q's rows: both rope halves, each kv x group x pair.
+    assert p.kept["model.layers.0.attn.o.weight"][1].tolist() == [2, 3, 4, 5, 10, 11]
+    assert p.kept["model.layers.0.attn.q.weight"][0].tolist() == [1, 2, 5, 7, 8, 11]
+    assert p.parameters_after == g.numel({axis: 1})
 
 
 def made() -> Plan:

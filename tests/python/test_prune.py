@@ -13,7 +13,7 @@ from folders import TEXT, tokenizer
 
 import llmprune
 from llmprune.errors import InputError, LlmpruneError, VerificationError
-from llmprune.macs import count_macs, traced_tokens
+from llmprune.prune import traced_tokens
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -63,27 +63,7 @@ def test_macs_of_a_llama_are_its_matrix_products() -> None:
     attention = (
         2 * 6 * length * 2 * 8
     )  # layers x heads x keys x (queries with keys, weights with values) x width
-    rope = graph_rope_macs(graph) / tokens
-    assert count_macs(graph) / tokens == linear + attention + rope
-
-
-def graph_rope_macs(graph: Any) -> int:
-    """Rotary angles are made by a matrix product of frequencies and positions."""
-    return sum(
-        1
-        for op in graph.tape.ops
-        if op[0] == "aten::bmm" and op[4] == graph.tape.scopes.index("model.rotary_emb")
-    ) * (2 * 4 * 7 if _rope_batched(graph) else 4 * 7)
-
-
-def _rope_batched(graph: Any) -> bool:
-    from llmprune.macs import products
-
-    for group in products(graph.tape):
-        sizes = [graph.tape.tensors[t][0][d] for t, d in group]
-        if sorted(sizes) == [1, 2, 4, 7]:
-            return True
-    return False
+    assert graph.macs({}) / tokens == linear + attention
 
 
 def test_ratios_by_kind() -> None:

@@ -1,0 +1,652 @@
+"""The dependency graph of a model: its axes, and which slices of which parameters each of them cuts.
+
+The C core (``llmprune._core.Graph``) finds the axes; this module gives them names, arrays and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmprune import _core
+from llmprune.errors import InputError, PlanError
+from llmprune.record import fingerprint as fingerprint_of
+from llmprune.tape import LITERAL, TENSOR, Tape, arguments
+
+if TYPE_CHECKING:
+    from torch import nn
+
+IntArray = NDArray[np.int64]
+Removed = Mapping[int, "IntArray | Sequence[int]"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One occurrence of an axis in one dimension of a parameter or buffer.
+
+    Attributes:
+        parameter: canonical name of the parameter or buffer.
+        dim: dimension of that tensor.
+        positions: int64 (axis size, positions per index): row i holds the positions that axis index i stands for.
+    """
+
+    parameter: str
+    dim: int
+    positions: IntArray
+
+    def __repr__(self) -> str:
+        return f"Member({self.parameter!r}, dim={self.dim}, positions per index={self.positions.shape[1]})"
+
+
+@dataclass(eq=False)
+class Axis:
+    """A set of slices that live and die together; one index of it is one coupled group.
+
+    Attributes:
+        id: number in the graph; prunable axes come first, in order of use.
+        size: number of indices.
+        kind: ``head``, ``query``, ``ffn``, ``channel``, ``expert``, ``head_dim``, ``value_dim``, ``rank``, ``state`` or
+            ``other``.
+        prunable: whether an index may be removed.
+        reasons: why not, one sentence each.
+        marks: what normalises over the axis, one sentence each; removal changes its denominator.
+    """
+
+    id: int
+    size: int
+    kind: str
+    prunable: bool
+    reasons: tuple[str, ...]
+    marks: tuple[str, ...]
+    _graph: Graph = field(repr=False)
+    _dims: tuple[tuple[int, int], ...] = field(repr=False)
+    starts: tuple[int, ...] = field(repr=False)
+    """First position of index 0 in each occurrence."""
+
+    @cached_property
+    def occurrences(self) -> tuple[Member, ...]:
+        """Every place of the axis in a parameter or buffer, in execution order, then by dimension and position."""
+        names = self._graph.tape.tensors
+        return tuple(
+            Member(names[tensor][4], dim, self._graph._core.positions(self.id, number))
+            for number, (tensor, dim) in enumerate(self._dims)
+        )
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """The occurrences in parameters."""
+        return tuple(member for member in self.occurrences if member.parameter in self._graph.parameters)
+
+    @cached_property
+    def buffers(self) -> tuple[Member, ...]:
+        """The occurrences in buffers (rope tables), which are cut along but carry no score."""
+        return tuple(member for member in self.occurrences if member.parameter in self._graph.buffers)
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """(name, dim) of each occurrence, without building its positions."""
+        names = self._graph.tape.tensors
+        return tuple((names[tensor][4], dim) for tensor, dim in self._dims)
+
+    def __str__(self) -> str:
+        state = "prunable" if self.prunable else "frozen: " + "; ".join(self.reasons)
+        marks = f" ({'; '.join(self.marks)})" if self.marks else ""
+        return f"axis {self.id} {self.kind}({self.size}) {state}{marks}, {len(self._dims)} members"
+
+
+@dataclass(frozen=True)
+class MarkedOp:
+    """An operation that normalises over an axis which loses indices.
+
+    Attributes:
+        name: ATen schema name, ``aten::mean``.
+        nth: how many operations of that name come before it in the recorded pass.
+        arg: which argument is the normalised tensor.
+        dim: its normalised dimension.
+        kept: int64, positions of that dimension that stay.
+        size: the dimension's size before.
+        module: path of the module it runs in.
+    """
+
+    name: str
+    nth: int
+    arg: int
+    dim: int
+    kept: IntArray
+    size: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link of an explanation: how two dimensions come to share an axis.
+
+    Attributes:
+        rule: ``forward``, ``backward`` or ``equal shape`` (the paper's dependencies), ``index value``, or ``part`` (a
+            dimension and one factor or term of it).
+        source: parameter dimension it leads from; empty inside a dimension.
+        target: parameter dimension it leads to; empty inside a dimension.
+        operation: ATen name of the operation that made it necessary; empty where none did.
+        module: path of the module that ran the operation.
+    """
+
+    rule: str
+    source: str
+    target: str
+    operation: str
+    module: str
+
+    def __str__(self) -> str:
+        where = f" by {self.operation} in {self.module or 'the root module'}" if self.operation else ""
+        return f"{self.rule:11s} {self.source or '(part)'} -> {self.target or '(part)'}{where}"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Why one axis index of the trigger takes positions of another parameter along."""
+
+    axis: int
+    kind: str
+    index: int
+    parameter: str
+    dim: int
+    positions: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.positions[:8])) + (", ..." if len(self.positions) > 8 else "")
+        lines = [f"  {self.parameter} dim {self.dim}: positions {shown}"]
+        lines += [f"      {step}" for step in self.steps]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The groups that a position of a parameter dimension belongs to, and the chain of rules to each other member.
+
+    Iterating gives the :class:`Chain` objects; printing gives them in words.
+    """
+
+    parameter: str
+    dim: int
+    index: int
+    axes: tuple[Axis, ...]
+    chains: tuple[Chain, ...]
+
+    def __iter__(self) -> Any:
+        return iter(self.chains)
+
+    def __str__(self) -> str:
+        lines = [f"{self.parameter}, dim {self.dim}, position {self.index}"]
+        for axis in self.axes:
+            own = [chain for chain in self.chains if chain.axis == axis.id]
+            index = f", index {own[0].index}" if own else ""
+            lines.append(f"{axis}{index}")
+            lines += [str(chain) for chain in own]
+        if not self.axes:
+            lines.append("no axis: the position is fixed")
+        return "\n".join(lines)
+
+
+class Graph:
+    """The axes of a model and what removing their indices does to its tensors.
+
+    Made by :func:`llmprune.trace`; saved and read back by :meth:`to_json` and :meth:`from_json`.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        *,
+        fingerprint: str,
+        tied: Mapping[str, str] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Build from a tape.
+
+        Args:
+            tape: the recorded forward pass.
+            fingerprint: identifies the model (:func:`llmprune.record.fingerprint`).
+            tied: other name -> canonical name of tied parameters.
+            shapes: canonical name -> shape of every parameter; None: those on the tape.
+
+        Raises:
+            TraceError: the tape is malformed.
+        """
+        self.tape = tape
+        self.fingerprint = fingerprint
+        self.tied = dict(tied or {})
+        self.second: SecondForm | None = None
+        self._core = _core.Graph(tape.tensors, _with_literals(tape), tape.outputs)
+        self._ids: dict[str, int] = {}
+        self.parameters: dict[str, tuple[int, ...]] = {}
+        self.buffers: dict[str, tuple[int, ...]] = {}
+        for number, (sizes, _kind, _storage, role, name) in enumerate(tape.tensors):
+            if role in ("parameter", "buffer") and name:
+                self._ids[name] = number
+                (self.parameters if role == "parameter" else self.buffers)[name] = tuple(sizes)
+        unused = {name: tuple(shape) for name, shape in (shapes or {}).items() if name not in self.parameters}
+        self.parameters.update(unused)
+        self._unused = sum(int(np.prod(shape, dtype=np.int64)) for shape in unused.values())
+        self._frozen_later: dict[int, list[str]] = {}
+        self._dims_cache: dict[tuple[int, int], list[int]] = {}
+        self.axes: list[Axis] = []
+        self._load_axes()
+        self._freeze_spent_values()
+        if tape.second is not None:
+            self.second = SecondForm(
+                self, Graph(tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters)
+            )
+
+    @classmethod
+    def from_tape(cls, tape: Tape, model: nn.Module) -> Graph:
+        """The graph of a tape that was recorded from ``model``."""
+        canonical: dict[int, str] = {}
+        tied: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            first = canonical.setdefault(id(parameter), name)
+            if first != name:
+                tied[name] = first
+            else:
+                shapes[name] = tuple(parameter.shape)
+        return cls(tape, fingerprint=fingerprint_of(model), tied=tied, shapes=shapes)
+
+    @property
+    def equations(self) -> list[list[Any]]:
+        """Recorded size equations ``[tensor, dim, tree, where]`` (:mod:`llmprune.equations`)."""
+        return self.tape.equations
+
+    @property
+    def unknown_operations(self) -> dict[str, int]:
+        """Operations without a rule, with how often they ran; each froze what it touched and nothing more."""
+        counts: dict[str, int] = {}
+        for op in self._core.unknown():
+            name = self.tape.ops[op][0]
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def _place(self, op: int) -> str:
+        if op < 0:
+            return ""
+        name, scope = self.tape.ops[op][0], self.tape.scopes[self.tape.ops[op][4]]
+        return f" ({name} in {scope or 'the root module'})"
+
+    def _load_axes(self) -> None:
+        for number, (size, kind, prunable, notes, members) in enumerate(self._core.axes()):
+            reasons = [text + self._place(op) for text, op, is_mark in notes if not is_mark]
+            marks = [text + self._place(op) for text, op, is_mark in notes if is_mark]
+            dims = tuple((tensor, dim) for tensor, dim, _ in members)
+            starts = tuple(start for _, _, start in members)
+            self.axes.append(Axis(number, size, kind, prunable, tuple(reasons), tuple(marks), self, dims, starts))
+
+    def freeze(self, axis_id: int, reason: str, kind: str = "trial") -> None:
+        """Take an axis out of pruning.
+
+        Args:
+            axis_id: which.
+            reason: one sentence for :attr:`Axis.reasons`.
+            kind: ``trial`` (a forward without one index failed), ``value`` (its size is used as a number) or ``fixed``
+                (its size is written in the model's code).
+        """
+        axis = self.axes[axis_id]
+        axis.prunable = False
+        if reason not in axis.reasons:
+            axis.reasons += (reason,)
+            self._frozen_later.setdefault(axis_id, []).append(reason)
+        self._core.freeze(axis_id, kind)
+
+    def _freeze_spent_values(self) -> None:
+        """Axes whose size entered the arithmetic as a number would change values silently (architecture, pitfall 3)."""
+        direct: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        within: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for tensor, dim, tree, _where in self.tape.equations:
+            for leaf in leaves(tree):
+                if leaf[0] == "attr":
+                    (direct if leaf is tree else within).setdefault((leaf[1], leaf[2]), []).append((tensor, dim))
+        for tree, where in self.tape.value_used:
+            for leaf in leaves(tree):
+                key = (leaf[1], leaf[2])
+                dims = [key] if leaf[0] == "shape" else direct.get(key) or within.get(key, [])
+                for tensor, dim in dims:
+                    for axis_id in self.dim_axes(tensor, dim):
+                        if self.axes[axis_id].prunable:
+                            self.freeze(axis_id, f"its size is used as a number {where}", "value")
+
+    # Sizes
+
+    def _counts(self, removed: Mapping[int, int]) -> IntArray:
+        counts = np.zeros(len(self.axes), dtype=np.int64)
+        for axis_id, count in removed.items():
+            if not 0 <= axis_id < len(self.axes):
+                raise PlanError(f"axis {axis_id} does not exist; the graph has {len(self.axes)}")
+            counts[axis_id] = count
+        return counts
+
+    def new_sizes(self, removed: Mapping[int, int], dims: Sequence[tuple[int, int]]) -> list[int]:
+        """Sizes of ``(tensor, dim)`` pairs of the tape when axis i loses ``removed[i]`` indices."""
+        if not dims:
+            return []
+        result: list[int] = self._core.new_sizes(self._counts(removed), np.asarray(dims, dtype=np.int64)).tolist()
+        return result
+
+    def new_shapes(self, removed: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters and buffers that change."""
+        affected = {self._ids[name] for axis_id, n in removed.items() if n for name, _ in self.axes[axis_id].places}
+        dims = [(tensor, dim) for tensor in sorted(affected) for dim in range(len(self.tape.tensors[tensor][0]))]
+        sizes: dict[int, list[int]] = {}
+        for (tensor, _dim), size in zip(dims, self.new_sizes(removed, dims), strict=True):
+            sizes.setdefault(tensor, []).append(size)
+        return {self.tape.tensors[tensor][4]: tuple(shape) for tensor, shape in sizes.items()}
+
+    def numel(self, removed: Mapping[int, int]) -> int:
+        """Elements of all parameters (tied ones once) when axis i loses ``removed[i]`` indices."""
+        return int(self._core.numel(self._counts(removed))) + self._unused
+
+    def macs(self, removed: Mapping[int, int]) -> int:
+        """Multiply-accumulates of the recorded forward pass then (its inputs' batch and length)."""
+        return int(self._core.macs(self._counts(removed)))
+
+    def dim_axes(self, tensor: int, dim: int) -> list[int]:
+        """Ids of the axes in a dimension of a tensor on the tape."""
+        key = (tensor, dim)
+        if key not in self._dims_cache:
+            self._dims_cache[key] = self._core.dim_axes(tensor, dim)
+        return self._dims_cache[key]
+
+    # Positions
+
+    def kept(self, removed: Removed) -> dict[str, dict[int, IntArray]]:
+        """Positions that stay, for each dimension of a parameter or buffer that changes.
+
+        Args:
+            removed: axis id -> indices that go: a flat list; or, for an axis nested in another (query heads in a
+                key-value head), an array (outer size, k) with k indices to go for each outer index.
+
+        Raises:
+            PlanError: an index does not exist, or a ragged choice does not fit.
+        """
+        gone: dict[tuple[str, int], NDArray[np.bool_]] = {}
+        for axis_id, indices in removed.items():
+            if not 0 <= axis_id < len(self.axes):
+                raise PlanError(f"axis {axis_id} does not exist; the graph has {len(self.axes)}")
+            axis, chosen = self.axes[axis_id], np.asarray(indices, dtype=np.int64)
+            if chosen.size == 0:
+                continue
+            if chosen.min() < 0 or chosen.max() >= axis.size:
+                raise PlanError(f"axis {axis_id} has indices 0 to {axis.size - 1}; the plan removes {chosen.max()}")
+            outer = self.outer(axis_id) if chosen.ndim == 2 else None
+            for number, (name, dim) in enumerate(axis.places):
+                shape = self.parameters.get(name) or self.buffers[name]
+                flags = gone.setdefault((name, dim), np.zeros(shape[dim], dtype=np.bool_))
+                if outer is None:
+                    flags[axis.occurrences[number].positions[chosen].reshape(-1)] = True
+                else:
+                    self._core.mark_ragged(axis_id, number, outer, chosen, flags)
+        kept: dict[str, dict[int, IntArray]] = {}
+        for (name, dim), flags in gone.items():
+            kept.setdefault(name, {})[dim] = np.flatnonzero(~flags).astype(np.int64)
+        return kept
+
+    def outer(self, axis_id: int) -> int:
+        """The axis in which ``axis_id`` is nested wherever it occurs: the key-value heads of query heads.
+
+        Raises:
+            PlanError: there is none.
+        """
+        axis = self.axes[axis_id]
+        shared: set[int] | None = None
+        for (tensor, dim), (name, _dim) in zip(axis._dims, axis.places, strict=True):
+            if name not in self.parameters:
+                continue
+            here = {other for other in self.dim_axes(tensor, dim) if other != axis_id and self.axes[other].kind == "head"}
+            shared = here if shared is None else shared & here
+        if not shared:
+            raise PlanError(f"axis {axis_id} ({axis.kind}) is not nested in one outer axis: give one flat list of indices")
+        return min(shared)
+
+    def marked_ops(self, removed: Removed) -> list[MarkedOp]:
+        """Operations that normalise over a dimension that loses positions."""
+        flat = {i: np.unique(np.asarray(v, dtype=np.int64)) for i, v in removed.items() if np.size(v)}
+        nth: dict[str, int] = {}
+        order: dict[int, int] = {}
+        for number, op in enumerate(self.tape.ops):
+            order[number] = nth.get(op[0], 0)
+            nth[op[0]] = order[number] + 1
+        found = []
+        for number, tensor, dim in self._core.marked():
+            touched = {i: flat[i] for i in self.dim_axes(tensor, dim) if i in flat}
+            if not touched:
+                continue
+            ragged = [i for i in touched if np.ndim(removed[i]) == 2]
+            if ragged:
+                raise PlanError(f"axis {ragged[0]} is normalised over, so every outer index must lose the same indices")
+            size = self.tape.tensors[tensor][0][dim]
+            away = self._core.removed_positions(tensor, dim, size, touched)
+            name, _flags, code, _outputs, scope = self.tape.ops[number]
+            place = next(i for i, (tag, value) in enumerate(arguments(code)) if tag == TENSOR and value[0] == tensor)
+            kept = np.flatnonzero(~away).astype(np.int64)
+            found.append(MarkedOp(name, order[number], place, dim, kept, size, self.tape.scopes[scope]))
+        return found
+
+    # Explanation
+
+    def explain(self, parameter: str, dim: int, index: int) -> Explanation:
+        """The groups that one position belongs to, and the chain of rules that ties it to each other member.
+
+        This is the paper's trigger-and-traverse (Ma et al. 2023, section 3.1), read off the proofs that the core keeps.
+
+        Args:
+            parameter: name of a parameter or buffer.
+            dim: its dimension.
+            index: position along that dimension.
+
+        Raises:
+            InputError: no such parameter, dimension or position.
+        """
+        name = self.tied.get(parameter, parameter)
+        shape = self.parameters.get(name) or self.buffers.get(name)
+        if shape is None:
+            raise InputError(f"the model has no parameter {parameter!r}")
+        if not 0 <= dim < len(shape) or not 0 <= index < shape[dim]:
+            raise InputError(f"{parameter} has shape {shape}: dimension {dim}, position {index} is outside it")
+        axes, chains = [], []
+        for axis in self.axes:
+            if (name, dim) not in axis.places:
+                continue
+            for number, member in enumerate(axis.occurrences):
+                rows = np.flatnonzero((member.positions == index).any(1)) if (member.parameter, member.dim) == (name, dim) else []
+                if len(rows) == 0:
+                    continue
+                axes.append(axis)
+                for other, target in enumerate(axis.occurrences):
+                    if other == number:
+                        continue
+                    chains.append(self._chain(axis, int(rows[0]), number, other, target))
+        return Explanation(parameter, dim, index, tuple(axes), tuple(chains))
+
+    def _chain(self, axis: Axis, row: int, source: int, other: int, target: Member) -> Chain:
+        def label(pair: tuple[int, int] | None) -> str:
+            return "" if pair is None else f"{self.tape.tensors[pair[0]][4]}[{'dim ' + str(pair[1])}]"
+
+        steps = []
+        for rule, op, begin, end in self._core.explain(axis.id, source, other):
+            name, scope = (self.tape.ops[op][0], self.tape.scopes[self.tape.ops[op][4]]) if op >= 0 else ("", "")
+            steps.append(Step(rule, label(begin), label(end), name, scope))
+        positions = tuple(int(p) for p in target.positions[row])
+        return Chain(axis.id, axis.kind, row, target.parameter, target.dim, positions, tuple(steps))
+
+    # Output
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[Axis]] = {}
+        for axis in self.axes:
+            if axis.prunable:
+                kinds.setdefault(axis.kind, []).append(axis)
+        lines = [f"{self.tape.model}: {self.numel({}):,} parameters, {len(self.tape.ops)} operations"]
+        for kind, axes in sorted(kinds.items()):
+            sizes = sorted({axis.size for axis in axes})
+            lines.append(f"  {kind:10s} {len(axes):4d} axes of size {', '.join(map(str, sizes))}")
+        lines.append(f"  {'frozen':10s} {sum(not axis.prunable for axis in self.axes):4d} axes")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The graph as a JSON object; :meth:`from_json` reads it back."""
+        return {
+            "format": _FORMAT,
+            "tape": self.tape.to_json(),
+            "fingerprint": self.fingerprint,
+            "tied": self.tied,
+            "shapes": {name: list(shape) for name, shape in self.parameters.items()},
+            "frozen": {str(axis_id): reasons for axis_id, reasons in self._frozen_later.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> Graph:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: the data is not a graph, or of a newer format.
+        """
+        if isinstance(data, str):
+            data = json.loads(data)
+        if data.get("format") != _FORMAT:
+            raise InputError(f"this is not a graph of format {_FORMAT}; trace the model again")
+        graph = cls(
+            Tape.from_json(data["tape"]), fingerprint=data["fingerprint"], tied=data["tied"], shapes=data["shapes"]
+        )
+        for axis_id, reasons in data["frozen"].items():
+            for reason in reasons:
+                graph.freeze(int(axis_id), reason)
+        return graph
+
+
+class SecondForm:
+    """The same model recorded under another form of attention, spoken of in the first graph's axis ids.
+
+    The recording may hold one block of each kind only; each block that is like it then counts as a variant of it, and
+    ``tensor`` numbers in :attr:`equations` are those of the second tape plus the variant times the tape's length.
+    """
+
+    def __init__(self, first: Graph, graph: Graph) -> None:
+        self.graph = graph
+        self._first = first
+        self._length = len(graph.tape.tensors)
+        self._places: dict[tuple[str, int, int, int], int] = {}
+        for axis in first.axes:
+            for (name, dim), start in zip(axis.places, axis.starts, strict=True):
+                self._places[name, dim, start, axis.size] = axis.id
+        self.equations: list[list[Any]] = [list(equation) for equation in graph.equations]
+        self._ids = [self._match("", "")]
+        for kept, other in graph.tape.replicas:
+            number = len(self._ids)
+            self._ids.append(self._match(kept, other))
+            for tensor, dim, tree, where in graph.equations:
+                if any(leaf[0] == "attr" and f"{leaf[1]}.".startswith(kept) for leaf in leaves(tree)):
+                    tree = _moved(tree, kept, other, number * self._length)
+                    self.equations.append([tensor + number * self._length, dim, tree, where.replace(kept, other)])
+
+    def _match(self, kept: str, other: str) -> dict[int, int]:
+        """Axis of the second graph -> axis of the first, with blocks named ``kept`` standing for ``other``."""
+        ids: dict[int, int] = {}
+        form = self.graph.tape.attention
+        for axis in self.graph.axes:
+            names = [other + name[len(kept) :] if kept and name.startswith(kept) else name for name, _ in axis.places]
+            found = {
+                self._places.get((name, dim, start, axis.size))
+                for name, (_, dim), start in zip(names, axis.places, axis.starts, strict=True)
+            }
+            if len(found) == 1 and None not in found:
+                (number,) = found
+                assert number is not None
+                ids[axis.id] = number
+                if not axis.prunable and self._first.axes[number].prunable:
+                    self._first.freeze(number, f"under {form} attention: {'; '.join(axis.reasons)}", "fixed")
+                continue
+            for number in found - {None}:
+                assert number is not None
+                if self._first.axes[number].prunable:
+                    self._first.freeze(number, f"under {form} attention it is not one axis of its own", "fixed")
+        return ids
+
+    def _split(self, dims: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int, int]]]:
+        """Variant -> (place in ``dims``, tensor, dim)."""
+        parts: dict[int, list[tuple[int, int, int]]] = {}
+        for place, (tensor, dim) in enumerate(dims):
+            parts.setdefault(tensor // self._length, []).append((place, tensor % self._length, dim))
+        return parts
+
+    def _removed(self, removed: Mapping[int, int], variant: int) -> dict[int, int]:
+        return {second: removed[first] for second, first in self._ids[variant].items() if first in removed}
+
+    def new_sizes(self, removed: Mapping[int, int], dims: Sequence[tuple[int, int]]) -> list[int]:
+        """As :meth:`Graph.new_sizes`, ``removed`` by the first graph's axis ids."""
+        result = [0] * len(dims)
+        for variant, entries in self._split(dims).items():
+            pairs = [(tensor, dim) for _, tensor, dim in entries]
+            sizes = self.graph.new_sizes(self._removed(removed, variant), pairs)
+            for (place, _, _), size in zip(entries, sizes, strict=True):
+                result[place] = size
+        return result
+
+    def dim_axes(self, tensor: int, dim: int) -> list[int]:
+        """As :meth:`Graph.dim_axes`, in the first graph's axis ids."""
+        ids = self._ids[tensor // self._length]
+        return [ids[i] for i in self.graph.dim_axes(tensor % self._length, dim) if i in ids]
+
+    def numel(self, removed: Mapping[int, int]) -> int:
+        """As :meth:`Graph.numel`."""
+        return self._first.numel(removed)
+
+
+def _with_literals(tape: Tape) -> list[list[Any]]:
+    """The operations, with the cuts flagged whose borders no equation explains: numbers in the model's code."""
+    explained = {(tensor, dim) for tensor, dim, _tree, _where in tape.equations}
+    ops = []
+    for op in tape.ops:
+        name, flags, code, outputs, scope = op
+        if name in _CUTS:
+            place = _CUTS[name]
+            given = arguments(code)[place][1]
+            ndim = len(tape.tensors[outputs[0]][0])
+            dim = (given[0] if given else 0) % max(ndim, 1)
+            if not any((tensor, dim) in explained for tensor in outputs):
+                op = [name, flags | LITERAL, code, outputs, scope]
+        ops.append(op)
+    return ops
+
+
+_CUTS = {"aten::slice": 1, "aten::split": 2, "aten::split_with_sizes": 2, "aten::chunk": 2}
+"""Operations that cut a dimension, with the place of the dimension among their arguments."""
+
+
+def _moved(tree: Any, kept: str, other: str, shift: int) -> Any:
+    """An equation tree read for another block and another numbering of tensors."""
+    if isinstance(tree, int):
+        return tree
+    if tree[0] == "shape":
+        return ["shape", tree[1] + shift, tree[2]]
+    if tree[0] == "attr":
+        module = f"{tree[1]}."
+        return ["attr", (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1], tree[2]]
+    return [tree[0], *(_moved(part, kept, other, shift) for part in tree[1:])]
+
+
+def leaves(tree: Any) -> list[list[Any]]:
+    """The ``["attr", module, name]`` and ``["shape", tensor, dim]`` leaves of an equation tree."""
+    if isinstance(tree, int):
+        return []
+    if tree[0] in ("attr", "shape"):
+        return [tree]
+    return [leaf for part in tree[1:] for leaf in leaves(part)]
+
+
+__all__ = ["Axis", "Chain", "Explanation", "Graph", "MarkedOp", "Member", "Step"]

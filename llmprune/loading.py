@@ -1,0 +1,310 @@
+"""Reading checkpoint folders: every way in which one can be unusable has its own sentence."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from llmprune import universal
+from llmprune.errors import CheckpointError
+from llmprune.record import Compaction, config_snapshot
+
+log = logging.getLogger(__name__)
+
+RECORD = "llmprune.json"
+"""File with the record of a pruned checkpoint (:class:`llmprune.record.Compaction`)."""
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_CHUNK = 1 << 24  # elements looked at in one go for NaN
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a model from a checkpoint folder, pruned by llmprune or not.
+
+    A pruned one carries its record again (``model.llmprune``), so that it can be pruned further. llmprune's own
+    universal form needs no remote code: the class is built here, the modeling file in the folder is not run.
+
+    Args:
+        directory: a local folder with ``config.json`` and safetensors weights.
+        dtype: dtype of the parameters; ``auto`` takes the checkpoint's.
+        attn_implementation: as in transformers' ``from_pretrained``.
+        trust_remote_code: run modeling code that the folder brings along, where transformers has no such model.
+
+    Returns:
+        The model in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: the folder or a file is missing, truncated or contradicts another; weights are pickled, packed,
+            quantised, missing or not finite; the model needs code that may not be run.
+    """
+    folder = Path(directory)
+    values = _read_config(folder)
+    kinds = _check_weights(folder)
+    kind, own = _model_class(folder, values, trust_remote_code)
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code and not own else {}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded as a {kind.__name__}: {_first_line(error)}"
+        ) from error
+    _check_loaded(folder, model, info, kinds)
+    _attach_record(folder, model, own)
+    return model.eval()
+
+
+from_pretrained = load_model
+
+
+def load_tokenizer(directory: str | Path) -> Any | None:
+    """The tokenizer of a checkpoint folder; None where it has none.
+
+    Raises:
+        CheckpointError: its files cannot be read.
+    """
+    folder = Path(directory)
+    if (
+        not any(folder.glob("tokenizer*"))
+        and not any(folder.glob("vocab*"))
+        and not any(folder.glob("*.model"))
+    ):
+        return None
+    try:
+        with quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings from transformers inside the block: what matters is checked and raised here."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder} does not exist: give a local checkpoint folder (download the model first)"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give the folder it lies in")
+    if not (folder / _CONFIG).is_file():
+        raise CheckpointError(f"{folder} has no {_CONFIG}: it is no checkpoint folder of transformers")
+    values = _read_json(folder / _CONFIG)
+    quantised = values.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{folder} holds quantised weights ({method}): pruning needs them in float; load the model it was made from"
+        )
+    dtype = values.get("dtype", values.get("torch_dtype"))
+    if isinstance(dtype, str) and dtype != "auto" and getattr(torch, dtype, None) not in _FLOATS.values():
+        raise CheckpointError(
+            f"{folder / _CONFIG} states dtype {dtype}: pruning needs float16, bfloat16, float32 or float64 weights"
+        )
+    return values
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({_first_line(error)}): copy it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds no JSON object: copy it again")
+    return values
+
+
+def _check_weights(folder: Path) -> dict[str, str]:
+    """Open the header of each safetensors file; tensor name -> dtype as safetensors spells it."""
+    if (folder / _INDEX).is_file():
+        index = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"{folder / _INDEX} has no weight_map: copy it again")
+        kinds: dict[str, str] = {}
+        for shard in sorted(set(index.values())):
+            if not (folder / shard).is_file():
+                raise CheckpointError(f"{folder / shard} is missing, but {_INDEX} names it: copy it again")
+            found = _header(folder / shard)
+            lost = sorted(name for name, place in index.items() if place == shard and name not in found)
+            if lost:
+                raise CheckpointError(
+                    f"{folder / shard} lacks {lost[0]}, which {_INDEX} places there: copy it again"
+                )
+            kinds.update(found)
+        return kinds
+    if (folder / _WEIGHTS).is_file():
+        return _header(folder / _WEIGHTS)
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has its weights as a pickle only ({pickles[0]}), which can run code when it is read: convert it "
+            "with transformers' from_pretrained and save_pretrained (they write safetensors) if you trust it"
+        )
+    raise CheckpointError(f"{folder / _WEIGHTS} is missing: copy it again")
+
+
+def _header(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or damaged ({_first_line(error)}): copy it again"
+        ) from error
+
+
+def _model_class(folder: Path, values: dict[str, Any], trust_remote_code: bool) -> tuple[Any, bool]:
+    """What to load with, and whether it is llmprune's own universal form."""
+    names = values.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names else None
+    spec = values.get("llmprune")
+    if isinstance(spec, dict):
+        if spec.get("format", 0) > universal.FORMAT:
+            raise CheckpointError(f"{folder} was written by a newer llmprune: update llmprune")
+        if not isinstance(kind, type):
+            kind = _recorded_class(folder)
+        return universal.pruned_class(kind), True
+    if isinstance(kind, type):
+        return kind, False
+    remote = values.get("auto_map") or {}
+    automatic = [name for name in remote if name.startswith("AutoModel") and hasattr(transformers, name)]
+    if automatic:
+        if not trust_remote_code:
+            raise CheckpointError(
+                f"{folder} needs the code it brings along ({remote[automatic[0]]}): read that code, then allow it with "
+                "trust_remote_code=True (--trust-remote-code)"
+            )
+        return getattr(transformers, max(automatic, key=len)), False
+    if names:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no {names[0]}, which {folder} asks for"
+        )
+    raise CheckpointError(f"{folder / _CONFIG} names no architectures: add the model's class name")
+
+
+def _recorded_class(folder: Path) -> type[Any]:
+    """The stock class that the record names by its module (one that transformers does not export)."""
+    data = _read_json(folder / RECORD)
+    home, name = str(data.get("module", "")), str(data.get("model_class", ""))
+    if home.startswith("transformers."):
+        try:
+            found: type[Any] = getattr(__import__(home, fromlist=[name]), name)
+            return found
+        except (ImportError, AttributeError) as error:
+            raise CheckpointError(f"transformers {transformers.__version__} has no {home}.{name}") from error
+    raise CheckpointError(f"{folder / RECORD} names {home}.{name}, which is no class of transformers")
+
+
+def _check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: dict[str, str]) -> None:
+    """Raise CheckpointError unless every parameter came from the files, in float, with finite values."""
+    packed = sorted(name for name, kind in kinds.items() if kind not in _FLOATS)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wrong = next((name for name in packed if name in parameters), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{wrong} in {folder} holds {kinds[wrong]} values: pruning needs float weights; load the model it was "
+            "made from"
+        )
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        also = f"; {packed[0]} is {kinds[packed[0]]}: are the weights packed?" if packed else ""
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}{_others(missing)} of the {type(model).__name__} its config describes{also}"
+        )
+    if mismatched := info.get("mismatched_keys"):
+        raise CheckpointError(
+            f"{folder} holds tensors of other shapes than its config says: {next(iter(mismatched))}"
+        )
+    if unexpected := sorted(info.get("unexpected_keys", ())):
+        log.warning(
+            "%s holds tensors that its model does not use: %s%s", folder, unexpected[0], _others(unexpected)
+        )
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            kind = "NaN" if bool(torch.isnan(parameter).any()) else "infinite"
+            raise CheckpointError(
+                f"{name} in {folder} holds {kind} values: the checkpoint is damaged; copy it again"
+            )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    flat = tensor.detach().reshape(-1)
+    return all(bool(torch.isfinite(flat[i : i + _CHUNK]).all()) for i in range(0, flat.numel(), _CHUNK))
+
+
+def _attach_record(folder: Path, model: Any, own: bool) -> None:
+    """Give a pruned model its record back, and the stock class and config that a compacted model has."""
+    spec: dict[str, Any] = {"config": [], "attributes": {}}
+    if own:
+        spec = model.config.llmprune
+        model.__class__ = universal.stock_class(model)
+        for name in ("llmprune", "auto_map"):
+            if hasattr(model.config, name):
+                delattr(model.config, name)
+    if (folder / RECORD).is_file():
+        try:
+            record = Compaction.from_json(_read_json(folder / RECORD))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / RECORD} is damaged ({error!r}): copy it again") from error
+    elif own:
+        # Saved again by other hands, without the record: what was removed is forgotten, what is left is known.
+        shapes = {name: tuple(tensor.shape) for name, tensor in universal.tensors_of(model).items()}
+        attributes = universal.attributes_of(spec)
+        record = Compaction(type(model).__name__, type(model).__module__, shapes, attributes=attributes)
+    else:
+        return
+    before = copy.deepcopy(model.config)
+    for path, original, _ in spec["config"]:
+        universal.set_field(before, path, original)
+    record.config = config_snapshot(before)
+    model.llmprune = record
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
