@@ -5,7 +5,6 @@ The C core (``llmprune._core.Graph``) finds the axes; this module gives them nam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,11 +15,14 @@ from numpy.typing import NDArray
 
 from llmprune import _core
 from llmprune.errors import InputError, PlanError
+from llmprune.explanation import Chain, Explanation, Step
 from llmprune.record import fingerprint as fingerprint_of
-from llmprune.tape import LITERAL, TENSOR, Tape, arguments
+from llmprune.tape import LITERAL, TENSOR, Tape, arguments, leaves
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from llmprune.second_form import SecondForm
 
 IntArray = NDArray[np.int64]
 Removed = Mapping[int, "IntArray | Sequence[int]"]
@@ -125,77 +127,6 @@ class MarkedOp:
     module: str
 
 
-@dataclass(frozen=True)
-class Step:
-    """One link of an explanation: how two dimensions come to share an axis.
-
-    Attributes:
-        rule: ``forward``, ``backward`` or ``equal shape`` (the paper's dependencies), ``index value``, or ``part`` (a
-            dimension and one factor or term of it).
-        source: parameter dimension it leads from; empty inside a dimension.
-        target: parameter dimension it leads to; empty inside a dimension.
-        operation: ATen name of the operation that made it necessary; empty where none did.
-        module: path of the module that ran the operation.
-    """
-
-    rule: str
-    source: str
-    target: str
-    operation: str
-    module: str
-
-    def __str__(self) -> str:
-        where = f" by {self.operation} in {self.module or 'the root module'}" if self.operation else ""
-        return f"{self.rule:11s} {self.source or '(part)'} -> {self.target or '(part)'}{where}"
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Why one axis index of the trigger takes positions of another parameter along."""
-
-    axis: int
-    kind: str
-    index: int
-    parameter: str
-    dim: int
-    positions: tuple[int, ...]
-    steps: tuple[Step, ...]
-
-    def __str__(self) -> str:
-        shown = ", ".join(map(str, self.positions[:8])) + (", ..." if len(self.positions) > 8 else "")
-        lines = [f"  {self.parameter} dim {self.dim}: positions {shown}"]
-        lines += [f"      {step}" for step in self.steps]
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """The groups that a position of a parameter dimension belongs to, and the chain of rules to each other member.
-
-    Iterating gives the :class:`Chain` objects; printing gives them in words.
-    """
-
-    parameter: str
-    dim: int
-    index: int
-    axes: tuple[Axis, ...]
-    chains: tuple[Chain, ...]
-
-    def __iter__(self) -> Any:
-        return iter(self.chains)
-
-    def __str__(self) -> str:
-        lines = [f"{self.parameter}, dim {self.dim}, position {self.index}"]
-        for axis in self.axes:
-            own = [chain for chain in self.chains if chain.axis == axis.id]
-            index = f", index {own[0].index}" if own else ""
-            lines.append(f"{axis}{index}")
-            lines += [str(chain) for chain in own]
-        if not self.axes:
-            lines.append("no axis: the position is fixed")
-        return "\n".join(lines)
-
-
 class Graph:
     """The axes of a model and what removing their indices does to its tensors.
 
@@ -242,6 +173,8 @@ class Graph:
         self._load_axes()
         self._freeze_spent_values()
         if tape.second is not None:
+            from llmprune.second_form import SecondForm
+
             self.second = SecondForm(
                 self, Graph(tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters)
             )
@@ -286,7 +219,9 @@ class Graph:
             marks = [text + self._place(op) for text, op, is_mark in notes if is_mark]
             dims = tuple((tensor, dim) for tensor, dim, _ in members)
             starts = tuple(start for _, _, start in members)
-            self.axes.append(Axis(number, size, kind, prunable, tuple(reasons), tuple(marks), self, dims, starts))
+            self.axes.append(
+                Axis(number, size, kind, prunable, tuple(reasons), tuple(marks), self, dims, starts)
+            )
 
     def freeze(self, axis_id: int, reason: str, kind: str = "trial") -> None:
         """Take an axis out of pruning.
@@ -311,7 +246,9 @@ class Graph:
         for tensor, dim, tree, _where in self.tape.equations:
             for leaf in leaves(tree):
                 if leaf[0] == "attr":
-                    (direct if leaf is tree else within).setdefault((leaf[1], leaf[2]), []).append((tensor, dim))
+                    (direct if leaf is tree else within).setdefault((leaf[1], leaf[2]), []).append(
+                        (tensor, dim)
+                    )
         for tree, where in self.tape.value_used:
             for leaf in leaves(tree):
                 key = (leaf[1], leaf[2])
@@ -335,13 +272,19 @@ class Graph:
         """Sizes of ``(tensor, dim)`` pairs of the tape when axis i loses ``removed[i]`` indices."""
         if not dims:
             return []
-        result: list[int] = self._core.new_sizes(self._counts(removed), np.asarray(dims, dtype=np.int64)).tolist()
+        result: list[int] = self._core.new_sizes(
+            self._counts(removed), np.asarray(dims, dtype=np.int64)
+        ).tolist()
         return result
 
     def new_shapes(self, removed: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters and buffers that change."""
-        affected = {self._ids[name] for axis_id, n in removed.items() if n for name, _ in self.axes[axis_id].places}
-        dims = [(tensor, dim) for tensor in sorted(affected) for dim in range(len(self.tape.tensors[tensor][0]))]
+        affected = {
+            self._ids[name] for axis_id, n in removed.items() if n for name, _ in self.axes[axis_id].places
+        }
+        dims = [
+            (tensor, dim) for tensor in sorted(affected) for dim in range(len(self.tape.tensors[tensor][0]))
+        ]
         sizes: dict[int, list[int]] = {}
         for (tensor, _dim), size in zip(dims, self.new_sizes(removed, dims), strict=True):
             sizes.setdefault(tensor, []).append(size)
@@ -382,7 +325,9 @@ class Graph:
             if chosen.size == 0:
                 continue
             if chosen.min() < 0 or chosen.max() >= axis.size:
-                raise PlanError(f"axis {axis_id} has indices 0 to {axis.size - 1}; the plan removes {chosen.max()}")
+                raise PlanError(
+                    f"axis {axis_id} has indices 0 to {axis.size - 1}; the plan removes {chosen.max()}"
+                )
             outer = self.outer(axis_id) if chosen.ndim == 2 else None
             for number, (name, dim) in enumerate(axis.places):
                 shape = self.parameters.get(name) or self.buffers[name]
@@ -407,10 +352,16 @@ class Graph:
         for (tensor, dim), (name, _dim) in zip(axis._dims, axis.places, strict=True):
             if name not in self.parameters:
                 continue
-            here = {other for other in self.dim_axes(tensor, dim) if other != axis_id and self.axes[other].kind == "head"}
+            here = {
+                other
+                for other in self.dim_axes(tensor, dim)
+                if other != axis_id and self.axes[other].kind == "head"
+            }
             shared = here if shared is None else shared & here
         if not shared:
-            raise PlanError(f"axis {axis_id} ({axis.kind}) is not nested in one outer axis: give one flat list of indices")
+            raise PlanError(
+                f"axis {axis_id} ({axis.kind}) is not nested in one outer axis: give one flat list of indices"
+            )
         return min(shared)
 
     def marked_ops(self, removed: Removed) -> list[MarkedOp]:
@@ -428,11 +379,15 @@ class Graph:
                 continue
             ragged = [i for i in touched if np.ndim(removed[i]) == 2]
             if ragged:
-                raise PlanError(f"axis {ragged[0]} is normalised over, so every outer index must lose the same indices")
+                raise PlanError(
+                    f"axis {ragged[0]} is normalised over, so every outer index must lose the same indices"
+                )
             size = self.tape.tensors[tensor][0][dim]
             away = self._core.removed_positions(tensor, dim, size, touched)
             name, _flags, code, _outputs, scope = self.tape.ops[number]
-            place = next(i for i, (tag, value) in enumerate(arguments(code)) if tag == TENSOR and value[0] == tensor)
+            place = next(
+                i for i, (tag, value) in enumerate(arguments(code)) if tag == TENSOR and value[0] == tensor
+            )
             kept = np.flatnonzero(~away).astype(np.int64)
             found.append(MarkedOp(name, order[number], place, dim, kept, size, self.tape.scopes[scope]))
         return found
@@ -457,32 +412,40 @@ class Graph:
         if shape is None:
             raise InputError(f"the model has no parameter {parameter!r}")
         if not 0 <= dim < len(shape) or not 0 <= index < shape[dim]:
-            raise InputError(f"{parameter} has shape {shape}: dimension {dim}, position {index} is outside it")
+            raise InputError(
+                f"{parameter} has shape {shape}: dimension {dim}, position {index} is outside it"
+            )
         axes, chains = [], []
         for axis in self.axes:
-            if (name, dim) not in axis.places:
-                continue
-            for number, member in enumerate(axis.occurrences):
-                rows = np.flatnonzero((member.positions == index).any(1)) if (member.parameter, member.dim) == (name, dim) else []
-                if len(rows) == 0:
+            for source, place in enumerate(axis.places):
+                if place != (name, dim):
+                    continue
+                rows = np.flatnonzero((axis.occurrences[source].positions == index).any(axis=1))
+                if rows.size == 0:
                     continue
                 axes.append(axis)
-                for other, target in enumerate(axis.occurrences):
-                    if other == number:
-                        continue
-                    chains.append(self._chain(axis, int(rows[0]), number, other, target))
+                chains += [
+                    self._chain(axis, int(rows[0]), source, other)
+                    for other in range(len(axis.places))
+                    if other != source
+                ]
         return Explanation(parameter, dim, index, tuple(axes), tuple(chains))
 
-    def _chain(self, axis: Axis, row: int, source: int, other: int, target: Member) -> Chain:
+    def _chain(self, axis: Axis, row: int, source: int, target: int) -> Chain:
+        """Why index ``row`` takes along its positions in occurrence ``target``, beginning at ``source``."""
+
         def label(pair: tuple[int, int] | None) -> str:
-            return "" if pair is None else f"{self.tape.tensors[pair[0]][4]}[{'dim ' + str(pair[1])}]"
+            return "" if pair is None else f"{self.tape.tensors[pair[0]][4]}[dim {pair[1]}]"
 
         steps = []
-        for rule, op, begin, end in self._core.explain(axis.id, source, other):
-            name, scope = (self.tape.ops[op][0], self.tape.scopes[self.tape.ops[op][4]]) if op >= 0 else ("", "")
-            steps.append(Step(rule, label(begin), label(end), name, scope))
-        positions = tuple(int(p) for p in target.positions[row])
-        return Chain(axis.id, axis.kind, row, target.parameter, target.dim, positions, tuple(steps))
+        for rule, op, begin, end in self._core.explain(axis.id, source, target):
+            name, module = (
+                (self.tape.ops[op][0], self.tape.scopes[self.tape.ops[op][4]]) if op >= 0 else ("", "")
+            )
+            steps.append(Step(rule, label(begin), label(end), name, module))
+        member = axis.occurrences[target]
+        positions = tuple(int(position) for position in member.positions[row])
+        return Chain(axis.id, axis.kind, row, member.parameter, member.dim, positions, tuple(steps))
 
     # Output
 
@@ -510,101 +473,24 @@ class Graph:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any] | str) -> Graph:
+    def from_json(cls, data: dict[str, Any]) -> Graph:
         """The inverse of :meth:`to_json`.
 
         Raises:
             InputError: the data is not a graph, or of a newer format.
         """
-        if isinstance(data, str):
-            data = json.loads(data)
         if data.get("format") != _FORMAT:
             raise InputError(f"this is not a graph of format {_FORMAT}; trace the model again")
         graph = cls(
-            Tape.from_json(data["tape"]), fingerprint=data["fingerprint"], tied=data["tied"], shapes=data["shapes"]
+            Tape.from_json(data["tape"]),
+            fingerprint=data["fingerprint"],
+            tied=data["tied"],
+            shapes=data["shapes"],
         )
         for axis_id, reasons in data["frozen"].items():
             for reason in reasons:
                 graph.freeze(int(axis_id), reason)
         return graph
-
-
-class SecondForm:
-    """The same model recorded under another form of attention, spoken of in the first graph's axis ids.
-
-    The recording may hold one block of each kind only; each block that is like it then counts as a variant of it, and
-    ``tensor`` numbers in :attr:`equations` are those of the second tape plus the variant times the tape's length.
-    """
-
-    def __init__(self, first: Graph, graph: Graph) -> None:
-        self.graph = graph
-        self._first = first
-        self._length = len(graph.tape.tensors)
-        self._places: dict[tuple[str, int, int, int], int] = {}
-        for axis in first.axes:
-            for (name, dim), start in zip(axis.places, axis.starts, strict=True):
-                self._places[name, dim, start, axis.size] = axis.id
-        self.equations: list[list[Any]] = [list(equation) for equation in graph.equations]
-        self._ids = [self._match("", "")]
-        for kept, other in graph.tape.replicas:
-            number = len(self._ids)
-            self._ids.append(self._match(kept, other))
-            for tensor, dim, tree, where in graph.equations:
-                if any(leaf[0] == "attr" and f"{leaf[1]}.".startswith(kept) for leaf in leaves(tree)):
-                    tree = _moved(tree, kept, other, number * self._length)
-                    self.equations.append([tensor + number * self._length, dim, tree, where.replace(kept, other)])
-
-    def _match(self, kept: str, other: str) -> dict[int, int]:
-        """Axis of the second graph -> axis of the first, with blocks named ``kept`` standing for ``other``."""
-        ids: dict[int, int] = {}
-        form = self.graph.tape.attention
-        for axis in self.graph.axes:
-            names = [other + name[len(kept) :] if kept and name.startswith(kept) else name for name, _ in axis.places]
-            found = {
-                self._places.get((name, dim, start, axis.size))
-                for name, (_, dim), start in zip(names, axis.places, axis.starts, strict=True)
-            }
-            if len(found) == 1 and None not in found:
-                (number,) = found
-                assert number is not None
-                ids[axis.id] = number
-                if not axis.prunable and self._first.axes[number].prunable:
-                    self._first.freeze(number, f"under {form} attention: {'; '.join(axis.reasons)}", "fixed")
-                continue
-            for number in found - {None}:
-                assert number is not None
-                if self._first.axes[number].prunable:
-                    self._first.freeze(number, f"under {form} attention it is not one axis of its own", "fixed")
-        return ids
-
-    def _split(self, dims: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int, int]]]:
-        """Variant -> (place in ``dims``, tensor, dim)."""
-        parts: dict[int, list[tuple[int, int, int]]] = {}
-        for place, (tensor, dim) in enumerate(dims):
-            parts.setdefault(tensor // self._length, []).append((place, tensor % self._length, dim))
-        return parts
-
-    def _removed(self, removed: Mapping[int, int], variant: int) -> dict[int, int]:
-        return {second: removed[first] for second, first in self._ids[variant].items() if first in removed}
-
-    def new_sizes(self, removed: Mapping[int, int], dims: Sequence[tuple[int, int]]) -> list[int]:
-        """As :meth:`Graph.new_sizes`, ``removed`` by the first graph's axis ids."""
-        result = [0] * len(dims)
-        for variant, entries in self._split(dims).items():
-            pairs = [(tensor, dim) for _, tensor, dim in entries]
-            sizes = self.graph.new_sizes(self._removed(removed, variant), pairs)
-            for (place, _, _), size in zip(entries, sizes, strict=True):
-                result[place] = size
-        return result
-
-    def dim_axes(self, tensor: int, dim: int) -> list[int]:
-        """As :meth:`Graph.dim_axes`, in the first graph's axis ids."""
-        ids = self._ids[tensor // self._length]
-        return [ids[i] for i in self.graph.dim_axes(tensor % self._length, dim) if i in ids]
-
-    def numel(self, removed: Mapping[int, int]) -> int:
-        """As :meth:`Graph.numel`."""
-        return self._first.numel(removed)
 
 
 def _with_literals(tape: Tape) -> list[list[Any]]:
@@ -626,27 +512,3 @@ def _with_literals(tape: Tape) -> list[list[Any]]:
 
 _CUTS = {"aten::slice": 1, "aten::split": 2, "aten::split_with_sizes": 2, "aten::chunk": 2}
 """Operations that cut a dimension, with the place of the dimension among their arguments."""
-
-
-def _moved(tree: Any, kept: str, other: str, shift: int) -> Any:
-    """An equation tree read for another block and another numbering of tensors."""
-    if isinstance(tree, int):
-        return tree
-    if tree[0] == "shape":
-        return ["shape", tree[1] + shift, tree[2]]
-    if tree[0] == "attr":
-        module = f"{tree[1]}."
-        return ["attr", (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1], tree[2]]
-    return [tree[0], *(_moved(part, kept, other, shift) for part in tree[1:])]
-
-
-def leaves(tree: Any) -> list[list[Any]]:
-    """The ``["attr", module, name]`` and ``["shape", tensor, dim]`` leaves of an equation tree."""
-    if isinstance(tree, int):
-        return []
-    if tree[0] in ("attr", "shape"):
-        return [tree]
-    return [leaf for part in tree[1:] for leaf in leaves(part)]
-
-
-__all__ = ["Axis", "Chain", "Explanation", "Graph", "MarkedOp", "Member", "Step"]

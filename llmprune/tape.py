@@ -86,3 +86,12 @@ def arguments(code: list[int]) -> list[tuple[int, list[int]]]:
         result.append((tag, code[at : at + count]))
         at += count
     return result
+
+
+def leaves(tree: Any) -> list[list[Any]]:
+    """The ``["attr", module, name]`` and ``["shape", tensor, dim]`` leaves of an equation tree."""
+    if isinstance(tree, int):
+        return []
+    if tree[0] in ("attr", "shape"):
+        return [tree]
+    return [leaf for part in tree[1:] for leaf in leaves(part)]

@@ -57,15 +57,15 @@ static int read_ints(PyObject *object, IntList *list, const char *what)
 static int read_role(PyObject *object, lp_tensor_role *role)
 {
     static const char *const names[] = {"value", "parameter", "buffer", "input", "constant"};
-    static const lp_tensor_role roles[] = {LP_TENSOR_VALUE, LP_TENSOR_PARAMETER, LP_TENSOR_BUFFER, LP_TENSOR_INPUT,
-                                           LP_TENSOR_CONSTANT};
+    static const lp_tensor_role roles[] = {LP_TENSOR_VALUE, LP_TENSOR_PARAMETER, LP_TENSOR_BUFFER,
+                                           LP_TENSOR_INPUT, LP_TENSOR_CONSTANT};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, names[i]) == 0) {
             *role = roles[i];
             return 0;
         }
-    PyErr_Format(PyExc_ValueError, "a tensor's role is one of value, parameter, buffer, input and constant, not %R",
-                 object);
+    PyErr_Format(PyExc_ValueError,
+                 "a tensor's role is one of value, parameter, buffer, input and constant, not %R", object);
     return -1;
 }
 
@@ -82,7 +82,8 @@ static int read_tensor(PyObject *self, PyObject *entry, IntList *sizes)
     if (fast == NULL)
         return -1;
     if (PySequence_Fast_GET_SIZE(fast) < 4) {
-        PyErr_SetString(PyExc_ValueError, "a tensor of the tape has sizes, dtype class, storage, role and name");
+        PyErr_SetString(PyExc_ValueError,
+                        "a tensor of the tape has sizes, dtype class, storage, role and name");
         goto done;
     }
     if (read_ints(PySequence_Fast_GET_ITEM(fast, 0), sizes, "a tensor's sizes are a list of ints") < 0)
@@ -115,7 +116,8 @@ static int read_op(PyObject *self, PyObject *entry, IntList *code, IntList *outp
     if (fast == NULL)
         return -1;
     if (PySequence_Fast_GET_SIZE(fast) < 4) {
-        PyErr_SetString(PyExc_ValueError, "an operation of the tape has name, flags, code, outputs and scope");
+        PyErr_SetString(PyExc_ValueError,
+                        "an operation of the tape has name, flags, code, outputs and scope");
         goto done;
     }
     name = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 0));
@@ -124,10 +126,11 @@ static int read_op(PyObject *self, PyObject *entry, IntList *code, IntList *outp
     flags = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(fast, 1));
     if (PyErr_Occurred() ||
         read_ints(PySequence_Fast_GET_ITEM(fast, 2), code, "an operation's code is a list of ints") < 0 ||
-        read_ints(PySequence_Fast_GET_ITEM(fast, 3), outputs, "an operation's outputs are a list of ints") < 0)
+        read_ints(PySequence_Fast_GET_ITEM(fast, 3), outputs, "an operation's outputs are a list of ints") <
+            0)
         goto done;
-    if (lp_graph_add_op(((GraphObject *)self)->graph, name, (uint32_t)flags, code->items, code->count, outputs->items,
-                        outputs->count, &err) != LP_OK)
+    if (lp_graph_add_op(((GraphObject *)self)->graph, name, (uint32_t)flags, code->items, code->count,
+                        outputs->items, outputs->count, &err) != LP_OK)
         raise_status(self, &err);
     else
         result = 0;
@@ -228,8 +231,9 @@ static PyObject *notes_of(const lp_graph *graph, const lp_axis *axis)
     lp_reason reason;
 
     while (list != NULL && lp_graph_note(graph, &cursor, &reason, &op)) {
-        PyObject *entry = Py_BuildValue("(sLO)", lp_reason_text(reason), op == LP_NO_OP ? -1LL : (long long)op,
-                                        reason >= LP_REASON_MARK_BASE ? Py_True : Py_False);
+        PyObject *entry =
+            Py_BuildValue("(sLO)", lp_reason_text(reason), op == LP_NO_OP ? -1LL : (long long)op,
+                          reason >= LP_REASON_MARK_BASE ? Py_True : Py_False);
         if (entry == NULL || PyList_Append(list, entry) < 0)
             Py_CLEAR(list);
         Py_XDECREF(entry);
@@ -302,8 +306,8 @@ static PyObject *graph_positions(PyObject *self, PyObject *args)
     array = PyArray_SimpleNew(2, shape, NPY_INT64);
     if (array == NULL)
         return NULL;
-    if (lp_graph_positions(graph_of(self), axis, (size_t)member, PyArray_DATA((PyArrayObject *)array), &per_index,
-                           &err) != LP_OK) {
+    if (lp_graph_positions(graph_of(self), axis, (size_t)member, PyArray_DATA((PyArrayObject *)array),
+                           &per_index, &err) != LP_OK) {
         Py_DECREF(array);
         return raise_status(self, &err);
     }
@@ -321,8 +325,8 @@ static PyArrayObject *removed_array(PyObject *self, PyObject *object)
 {
     PyArrayObject *array = int_array(object, 1);
     if (array != NULL && (size_t)PyArray_SIZE(array) != lp_graph_axis_count(graph_of(self))) {
-        PyErr_Format(PyExc_ValueError, "removed has %zd entries; the graph has %zu axes", (Py_ssize_t)PyArray_SIZE(array),
-                     lp_graph_axis_count(graph_of(self)));
+        PyErr_Format(PyExc_ValueError, "removed has %zd entries; the graph has %zu axes",
+                     (Py_ssize_t)PyArray_SIZE(array), lp_graph_axis_count(graph_of(self)));
         Py_CLEAR(array);
     }
     return array;
@@ -353,8 +357,8 @@ static PyObject *graph_new_sizes(PyObject *self, PyObject *args)
         if (pair[0] < 0 || pair[1] < 0 || pair[0] > UINT32_MAX || pair[1] > UINT32_MAX) {
             PyErr_SetString(PyExc_ValueError, "dims names a negative tensor or dimension");
             Py_CLEAR(result);
-        } else if (lp_graph_new_size(graph_of(self), (uint32_t)pair[0], (uint32_t)pair[1], PyArray_DATA(removed), out, &err) !=
-                   LP_OK) {
+        } else if (lp_graph_new_size(graph_of(self), (uint32_t)pair[0], (uint32_t)pair[1],
+                                     PyArray_DATA(removed), out, &err) != LP_OK) {
             Py_CLEAR(result);
             raise_status(self, &err);
         }
@@ -365,7 +369,8 @@ done:
     return result;
 }
 
-static PyObject *count_of(PyObject *self, PyObject *object, lp_status (*query)(lp_graph *, const int64_t *, int64_t *, lp_error *))
+static PyObject *count_of(PyObject *self, PyObject *object,
+                          lp_status (*query)(lp_graph *, const int64_t *, int64_t *, lp_error *))
 {
     PyArrayObject *removed = removed_array(self, object);
     lp_error err = {0};
@@ -424,8 +429,8 @@ static PyObject *graph_removed_positions(PyObject *self, PyObject *args)
             int64_t index = ((const int64_t *)PyArray_DATA(indices))[i];
             if (index < 0 || index >= axis->size) {
                 Py_DECREF(indices);
-                PyErr_Format(PyExc_IndexError, "index %lld does not exist on axis %zd of size %lld", (long long)index, id,
-                             (long long)axis->size);
+                PyErr_Format(PyExc_IndexError, "index %lld does not exist on axis %zd of size %lld",
+                             (long long)index, id, (long long)axis->size);
                 goto done;
             }
             gone[id][index] = 1;
@@ -456,11 +461,12 @@ static PyObject *graph_mark_ragged(PyObject *self, PyObject *args)
     lp_error err = {0};
     lp_status status;
 
-    if (!PyArg_ParseTuple(args, "nnnOO!:mark_ragged", &id, &member, &outer_id, &chosen_object, &PyArray_Type, &flags) ||
+    if (!PyArg_ParseTuple(args, "nnnOO!:mark_ragged", &id, &member, &outer_id, &chosen_object, &PyArray_Type,
+                          &flags) ||
         (axis = axis_or_error(self, id)) == NULL || (outer = axis_or_error(self, outer_id)) == NULL)
         return NULL;
-    if (member < 0 || (size_t)member >= axis->member_count ||
-        !PyArray_ISCARRAY((PyArrayObject *)flags) || PyArray_TYPE((PyArrayObject *)flags) != NPY_BOOL) {
+    if (member < 0 || (size_t)member >= axis->member_count || !PyArray_ISCARRAY((PyArrayObject *)flags) ||
+        PyArray_TYPE((PyArrayObject *)flags) != NPY_BOOL) {
         PyErr_SetString(PyExc_ValueError, "mark_ragged takes a member of the axis and a writable bool array");
         return NULL;
     }
@@ -476,8 +482,8 @@ static PyObject *graph_mark_ragged(PyObject *self, PyObject *args)
     for (npy_intp i = 0; i < PyArray_SIZE(chosen); i++) {
         int64_t index = ((const int64_t *)PyArray_DATA(chosen))[i];
         if (index < 0 || index >= axis->size) {
-            PyErr_Format(PyExc_IndexError, "index %lld does not exist on axis %zd of size %lld", (long long)index, id,
-                         (long long)axis->size);
+            PyErr_Format(PyExc_IndexError, "index %lld does not exist on axis %zd of size %lld",
+                         (long long)index, id, (long long)axis->size);
             Py_DECREF(chosen);
             return NULL;
         }
@@ -500,7 +506,8 @@ static PyObject *graph_dim_axes(PyObject *self, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "II:dim_axes", &tensor, &dim))
         return NULL;
-    if (lp_graph_dim_axes(graph_of(self), tensor, dim, ids, sizeof few / sizeof few[0], &count, &err) != LP_OK)
+    if (lp_graph_dim_axes(graph_of(self), tensor, dim, ids, sizeof few / sizeof few[0], &count, &err) !=
+        LP_OK)
         return raise_status(self, &err);
     if (count > sizeof few / sizeof few[0]) {
         ids = PyMem_New(uint32_t, count);
@@ -606,7 +613,8 @@ static PyObject *graph_explain(PyObject *self, PyObject *args)
         list = PyList_New((Py_ssize_t)steps.count);
     for (size_t i = 0; list != NULL && i < steps.count; i++) {
         const lp_step *step = &steps.items[i];
-        PyObject *from_dim = dim_or_none(graph, step->from), *to_dim = dim_or_none(graph, step->to), *entry = NULL;
+        PyObject *from_dim = dim_or_none(graph, step->from), *to_dim = dim_or_none(graph, step->to),
+                 *entry = NULL;
         if (from_dim != NULL && to_dim != NULL)
             entry = Py_BuildValue("(sLOO)", lp_rule_label((lp_rule)step->rule),
                                   step->op == LP_NO_OP ? -1LL : (long long)step->op, from_dim, to_dim);
@@ -623,24 +631,28 @@ static PyObject *graph_explain(PyObject *self, PyObject *args)
 
 static PyMethodDef graph_methods[] = {
     {"axes", graph_axes, METH_NOARGS,
-     "axes()\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim, first position) of each\n"
+     "axes($self, /)\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim, first position) of each\n"
      "member])."},
     {"positions", graph_positions, METH_VARARGS,
-     "positions(axis, member)\n--\n\nint64 (axis size, positions per index) along the member's dimension."},
+     "positions($self, axis, member, /)\n--\n\nint64 (axis size, positions per index) along the member's dimension."},
     {"new_sizes", graph_new_sizes, METH_VARARGS,
-     "new_sizes(removed, dims)\n--\n\nSizes of (tensor, dim) pairs when axis i loses removed[i] indices."},
-    {"numel", graph_numel, METH_O, "numel(removed)\n--\n\nElements of all parameters then."},
-    {"macs", graph_macs, METH_O, "macs(removed)\n--\n\nMultiply-accumulates of the recorded forward pass then."},
+     "new_sizes($self, removed, dims, /)\n--\n\nSizes of (tensor, dim) pairs when axis i loses removed[i] indices."},
+    {"numel", graph_numel, METH_O, "numel($self, removed, /)\n--\n\nElements of all parameters then."},
+    {"macs", graph_macs, METH_O,
+     "macs($self, removed, /)\n--\n\nMultiply-accumulates of the recorded forward pass then."},
     {"removed_positions", graph_removed_positions, METH_VARARGS,
-     "removed_positions(tensor, dim, size, removed)\n--\n\nbool (size,): positions that go with the removed indices."},
+     "removed_positions($self, tensor, dim, size, removed, /)\n--\n\nbool (size,): positions that go with the removed indices."},
     {"mark_ragged", graph_mark_ragged, METH_VARARGS,
-     "mark_ragged(axis, member, outer, chosen, flags)\n--\n\nSet flags where a choice of its own for each outer index goes."},
-    {"dim_axes", graph_dim_axes, METH_VARARGS, "dim_axes(tensor, dim)\n--\n\nIds of the axes in a dimension."},
-    {"marked", graph_marked, METH_NOARGS, "marked()\n--\n\n(op, tensor, dim) of every normalisation."},
-    {"unknown", graph_unknown, METH_NOARGS, "unknown()\n--\n\nOperations no rule knows."},
-    {"freeze", graph_freeze, METH_VARARGS, "freeze(axis, reason)\n--\n\nreason: trial, value or fixed."},
+     "mark_ragged($self, axis, member, outer, chosen, flags, /)\n--\n\nSet flags where a choice of its own for each outer index goes."},
+    {"dim_axes", graph_dim_axes, METH_VARARGS,
+     "dim_axes($self, tensor, dim, /)\n--\n\nIds of the axes in a dimension."},
+    {"marked", graph_marked, METH_NOARGS,
+     "marked($self, /)\n--\n\n(op, tensor, dim) of every normalisation."},
+    {"unknown", graph_unknown, METH_NOARGS, "unknown($self, /)\n--\n\nOperations no rule knows."},
+    {"freeze", graph_freeze, METH_VARARGS,
+     "freeze($self, axis, reason, /)\n--\n\nreason: trial, value or fixed."},
     {"explain", graph_explain, METH_VARARGS,
-     "explain(axis, from_member, to_member)\n--\n\nSteps (rule, op, (tensor, dim) or None, (tensor, dim) or None)."},
+     "explain($self, axis, from_member, to_member, /)\n--\n\nSteps (rule, op, (tensor, dim) or None, (tensor, dim) or None)."},
     {NULL, NULL, 0, NULL},
 };
 

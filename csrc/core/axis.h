@@ -45,14 +45,14 @@ typedef enum {
     LP_REASON_PADDING,
     LP_REASON_UNKNOWN_OP,
     LP_REASON_MISALIGNED,
-    LP_REASON_ORDER,  /* order along the axis matters: cumsum, sort, tril, flip */
-    LP_REASON_VALUE,  /* the size is used as a number */
+    LP_REASON_ORDER, /* order along the axis matters: cumsum, sort, tril, flip */
+    LP_REASON_VALUE, /* the size is used as a number */
     LP_REASON_RANDOM,
-    LP_REASON_UNUSED, /* no operation the outputs depend on uses it */
-    LP_REASON_FIXED,  /* a size written as a literal in the model's code */
-    LP_REASON_TRIAL,  /* the trial forward failed */
-    LP_REASON_GROUPED, /* normalised within groups of a fixed size */
-    LP_REASON_SCALE,  /* attention scales by the size of this axis unless told otherwise */
+    LP_REASON_UNUSED,    /* no operation the outputs depend on uses it */
+    LP_REASON_FIXED,     /* a size written as a literal in the model's code */
+    LP_REASON_TRIAL,     /* the trial forward failed */
+    LP_REASON_GROUPED,   /* normalised within groups of a fixed size */
+    LP_REASON_SCALE,     /* attention scales by the size of this axis unless told otherwise */
     LP_REASON_MARK_BASE, /* from here on: marks, which do not freeze */
     LP_MARK_MEAN = LP_REASON_MARK_BASE,
     LP_MARK_EXTREME,
@@ -66,18 +66,18 @@ typedef enum {
 enum {
     LP_FROZEN = 1u << 0,
     LP_MARKED = 1u << 1,
-    LP_ROLE_EMBEDDING = 1u << 2,    /* feature dimension of a lookup table */
-    LP_ROLE_LINEAR_OUT = 1u << 3,   /* free dimension of a weight in a matrix product */
-    LP_ROLE_LINEAR_IN = 1u << 4,    /* dimension in which a weight is contracted */
-    LP_ROLE_BATCH = 1u << 5,        /* batch dimension of a product of two activations */
-    LP_ROLE_CONTRACT = 1u << 6,     /* contracted between two activations */
-    LP_ROLE_VALUE = 1u << 7,        /* free dimension of the second of two activations */
-    LP_ROLE_NONLINEAR = 1u << 8,    /* passed through a non-linear function */
-    LP_ROLE_GATED = 1u << 9,        /* two activations multiplied */
-    LP_ROLE_JOINED = 1u << 10,      /* two different linear outputs added: a residual stream */
-    LP_ROLE_ROUTED = 1u << 11,      /* chosen from by top-k */
-    LP_ROLE_SCALE = 1u << 12,       /* meets a parameter of two or more dimensions element by element */
-    LP_ROLE_CONVOLVED = 1u << 13    /* channel of a convolution */
+    LP_ROLE_EMBEDDING = 1u << 2,  /* feature dimension of a lookup table */
+    LP_ROLE_LINEAR_OUT = 1u << 3, /* free dimension of a weight in a matrix product */
+    LP_ROLE_LINEAR_IN = 1u << 4,  /* dimension in which a weight is contracted */
+    LP_ROLE_BATCH = 1u << 5,      /* batch dimension of a product of two activations */
+    LP_ROLE_CONTRACT = 1u << 6,   /* contracted between two activations */
+    LP_ROLE_VALUE = 1u << 7,      /* free dimension of the second of two activations */
+    LP_ROLE_NONLINEAR = 1u << 8,  /* passed through a non-linear function */
+    LP_ROLE_GATED = 1u << 9,      /* two activations multiplied */
+    LP_ROLE_JOINED = 1u << 10,    /* two different linear outputs added: a residual stream */
+    LP_ROLE_ROUTED = 1u << 11,    /* chosen from by top-k */
+    LP_ROLE_SCALE = 1u << 12,     /* meets a parameter of two or more dimensions element by element */
+    LP_ROLE_CONVOLVED = 1u << 13  /* channel of a convolution */
 };
 
 typedef struct {
@@ -126,8 +126,8 @@ typedef struct {
     size_t stack_count, stack_capacity;
     lp_atom *gather;
     size_t gather_count, gather_capacity;
-    uint32_t op;    /* operation at work, recorded in proofs and notes */
-    bool quiet;     /* the operation's result is unused: unify, but neither freeze nor mark */
+    uint32_t op; /* operation at work, recorded in proofs and notes */
+    bool quiet;  /* the operation's result is unused: unify, but neither freeze nor mark */
 } lp_axes;
 
 void lp_axes_init(lp_axes *axes, lp_allocator allocator);
@@ -156,12 +156,12 @@ lp_status lp_axes_sum(lp_axes *axes, const lp_expr *terms, size_t count, lp_expr
 
 /* Regroup the factors into expressions of the given sizes (their product is the expression's size), refining where a
  * border falls inside a factor.  *aligned is false when it cannot be done; `out` is then untouched. */
-lp_status lp_axes_split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t count, lp_expr *out, bool *aligned,
-                        lp_error *err);
+lp_status lp_axes_split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t count, lp_expr *out,
+                        bool *aligned, lp_error *err);
 
 /* Cut at ascending offsets 0 < o_1 < ... < size into count + 1 pieces.  *aligned as above. */
-lp_status lp_axes_cut(lp_axes *axes, lp_expr expr, const int64_t *offsets, size_t count, lp_expr *out, bool *aligned,
-                      lp_error *err);
+lp_status lp_axes_cut(lp_axes *axes, lp_expr expr, const int64_t *offsets, size_t count, lp_expr *out,
+                      bool *aligned, lp_error *err);
 
 /* Make two expressions of equal size the same axis.  Where they do not align, or differ in size, both are frozen with
  * LP_REASON_MISALIGNED. */

@@ -1,14 +1,7 @@
 /* Questions to the axis algebra: where an axis lies in a dimension, and why two atoms are one axis. */
-#include "axis.h"
+#include "axis_internal.h"
 
 #include <string.h>
-
-#define TRY(call)                                                                                                      \
-    do {                                                                                                               \
-        lp_status try_status_ = (call);                                                                                \
-        if (try_status_ != LP_OK)                                                                                      \
-            return try_status_;                                                                                        \
-    } while (0)
 
 /* A part of a dimension still to be walked. */
 typedef struct {
@@ -20,7 +13,8 @@ typedef struct {
 static lp_status add_loop(lp_axes *axes, lp_occurrences *list, lp_loop loop, lp_error *err)
 {
     void *block = list->loops;
-    TRY(lp_grow(&axes->allocator, &block, &list->loop_capacity, list->loop_count + 1, sizeof *list->loops, err));
+    LP_TRY(lp_grow(&axes->allocator, &block, &list->loop_capacity, list->loop_count + 1, sizeof *list->loops,
+                   err));
     list->loops = block;
     list->loops[list->loop_count++] = loop;
     return LP_OK;
@@ -29,29 +23,29 @@ static lp_status add_loop(lp_axes *axes, lp_occurrences *list, lp_loop loop, lp_
 static lp_status add_occurrence(lp_axes *axes, lp_occurrences *list, lp_occurrence item, lp_error *err)
 {
     void *block = list->items;
-    TRY(lp_grow(&axes->allocator, &block, &list->capacity, list->count + 1, sizeof *list->items, err));
+    LP_TRY(lp_grow(&axes->allocator, &block, &list->capacity, list->count + 1, sizeof *list->items, err));
     list->items = block;
     list->items[list->count++] = item;
     return LP_OK;
 }
 
 /* The context of factor j of a product: its stride, and the loops of its siblings after the inherited ones. */
-static lp_status enter_factor(lp_axes *axes, lp_occurrences *list, lp_pending from, lp_expr factors, uint32_t j,
-                              lp_pending *to, lp_error *err)
+static lp_status enter_factor(lp_axes *axes, lp_occurrences *list, lp_pending from, lp_expr factors,
+                              uint32_t j, lp_pending *to, lp_error *err)
 {
     int64_t inner = from.stride;
 
     *to = from;
     to->loop_first = (uint32_t)list->loop_count;
     for (uint32_t k = 0; k < from.loop_count; k++)
-        TRY(add_loop(axes, list, list->loops[from.loop_first + k], err));
+        LP_TRY(add_loop(axes, list, list->loops[from.loop_first + k], err));
     for (uint32_t k = factors.len; k-- > 0;) {
         lp_atom atom = axes->factors[factors.off + k];
         int64_t size = axes->atoms[atom].size;
         if (k == j)
             to->stride = inner;
         else
-            TRY(add_loop(axes, list, (lp_loop){size, inner, atom}, err));
+            LP_TRY(add_loop(axes, list, (lp_loop){size, inner, atom}, err));
         inner *= size;
     }
     to->loop_count = (uint32_t)(list->loop_count - to->loop_first);
@@ -84,7 +78,8 @@ lp_status lp_axes_occurrences(lp_axes *axes, lp_expr expr, lp_occurrences *out, 
             if (axes->atoms[root].definition == LP_LEAF) {
                 status = add_occurrence(
                     axes, out,
-                    (lp_occurrence){root, child.offset, child.stride, child.loop_first, child.loop_count}, err);
+                    (lp_occurrence){root, child.offset, child.stride, child.loop_first, child.loop_count},
+                    err);
                 continue;
             }
             for (uint32_t t = 0; status == LP_OK && t < axes->atoms[root].parts.len; t++) {
@@ -129,7 +124,7 @@ static size_t proof_depth(const lp_axes *axes, lp_atom atom)
 static lp_status add_step(const lp_axes *axes, lp_steps *out, lp_step step, lp_error *err)
 {
     void *block = out->items;
-    TRY(lp_grow(&axes->allocator, &block, &out->capacity, out->count + 1, sizeof *out->items, err));
+    LP_TRY(lp_grow(&axes->allocator, &block, &out->capacity, out->count + 1, sizeof *out->items, err));
     out->items = block;
     out->items[out->count++] = step;
     return LP_OK;
@@ -148,11 +143,13 @@ lp_status lp_axes_path(lp_axes *axes, lp_atom a, lp_atom b, lp_steps *out, lp_er
         bool from_a = depth_a >= depth_b;
         const lp_atom_node *node = &axes->atoms[from_a ? a : b];
         if (from_a) {
-            status = add_step(axes, out, (lp_step){a, node->proof_parent, node->proof_op, node->proof_rule}, err);
+            status =
+                add_step(axes, out, (lp_step){a, node->proof_parent, node->proof_op, node->proof_rule}, err);
             a = node->proof_parent;
             depth_a--;
         } else {
-            status = add_step(axes, &back, (lp_step){node->proof_parent, b, node->proof_op, node->proof_rule}, err);
+            status = add_step(axes, &back, (lp_step){node->proof_parent, b, node->proof_op, node->proof_rule},
+                              err);
             b = node->proof_parent;
             depth_b--;
         }

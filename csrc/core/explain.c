@@ -17,7 +17,8 @@ typedef struct {
 static lp_status add_level(lp_graph *graph, lp_levels *levels, lp_level level, lp_error *err)
 {
     void *block = levels->items;
-    LP_TRY(lp_grow(&graph->allocator, &block, &levels->capacity, levels->count + 1, sizeof *levels->items, err));
+    LP_TRY(
+        lp_grow(&graph->allocator, &block, &levels->capacity, levels->count + 1, sizeof *levels->items, err));
     levels->items = block;
     levels->items[levels->count++] = level;
     return LP_OK;
@@ -40,7 +41,8 @@ static lp_status contains(lp_graph *graph, lp_atom atom, lp_atom leaf, bool *out
 }
 
 /* Position p of a dimension lies in one term of every sum; of a product, the factor that holds the axis is taken. */
-static lp_status descend(lp_graph *graph, lp_atom atom, lp_atom leaf, int64_t position, lp_levels *out, lp_error *err)
+static lp_status descend(lp_graph *graph, lp_atom atom, lp_atom leaf, int64_t position, lp_levels *out,
+                         lp_error *err)
 {
     for (;;) {
         lp_atom root = lp_axes_find(&graph->axes, atom);
@@ -52,7 +54,8 @@ static lp_status descend(lp_graph *graph, lp_atom atom, lp_atom leaf, int64_t po
         if (root == leaf)
             return add_level(graph, out, level, err);
         if (graph->axes.atoms[root].definition == LP_LEAF)
-            return lp_error_set(err, LP_ERR_INTERNAL, "an axis is not where its member says; please report this model");
+            return lp_error_set(err, LP_ERR_INTERNAL,
+                                "an axis is not where its member says; please report this model");
         for (uint32_t i = 0; i < parts.len && level.part == UINT32_MAX; i++) {
             lp_atom part = graph->axes.factors[parts.off + i];
             int64_t size = graph->axes.atoms[part].size;
@@ -71,7 +74,8 @@ static lp_status descend(lp_graph *graph, lp_atom atom, lp_atom leaf, int64_t po
         }
         LP_TRY(add_level(graph, out, level, err));
         if (level.part == UINT32_MAX)
-            return lp_error_set(err, LP_ERR_INTERNAL, "an axis is not where its member says; please report this model");
+            return lp_error_set(err, LP_ERR_INTERNAL,
+                                "an axis is not where its member says; please report this model");
     }
 }
 
@@ -95,13 +99,14 @@ static bool same_rest(const lp_levels *a, size_t i, const lp_levels *b, size_t j
     return true;
 }
 
-static lp_status member_levels(lp_graph *graph, const lp_axis *axis, size_t member, lp_levels *out, lp_error *err)
+static lp_status member_levels(lp_graph *graph, const lp_axis *axis, size_t member, lp_levels *out,
+                               lp_error *err)
 {
     const lp_member *at = &axis->members[member];
     lp_expr dim = graph->tensors[at->tensor].dims[at->dim];
 
-    return descend(graph, graph->axes.factors[dim.off], axis->root, graph->occurrences.items[at->occurrence].offset, out,
-                   err);
+    return descend(graph, graph->axes.factors[dim.off], axis->root,
+                   graph->occurrences.items[at->occurrence].offset, out, err);
 }
 
 lp_status lp_graph_explain(lp_graph *graph, size_t id, size_t from_member, size_t to_member, lp_steps *out,

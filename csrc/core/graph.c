@@ -7,7 +7,8 @@ lp_status lp_graph_new(lp_graph **out, lp_allocator allocator, lp_error *err)
     lp_graph *graph = allocator.resize(allocator.ctx, NULL, 0, sizeof *graph);
 
     if (graph == NULL)
-        return lp_error_set(err, LP_ERR_NOMEM, "out of memory: %zu bytes for the graph were refused", sizeof *graph);
+        return lp_error_set(err, LP_ERR_NOMEM, "out of memory: %zu bytes for the graph were refused",
+                            sizeof *graph);
     memset(graph, 0, sizeof *graph);
     graph->allocator = allocator;
     lp_axes_init(&graph->axes, allocator);
@@ -46,25 +47,27 @@ const lp_allocator *lp_graph_allocator(const lp_graph *graph)
     return &graph->allocator;
 }
 
-lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim, lp_tensor_role role, bool integral,
-                              uint64_t storage, lp_error *err)
+lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim, lp_tensor_role role,
+                              bool integral, uint64_t storage, lp_error *err)
 {
     void *block = graph->tensors;
     lp_tensor *tensor;
 
     if (ndim > LP_MAX_DIMS)
-        return lp_error_set(err, LP_ERR_UNSUPPORTED, "tensor %zu has %zu dimensions; at most %d are supported",
-                            graph->tensor_count, ndim, LP_MAX_DIMS);
+        return lp_error_set(err, LP_ERR_UNSUPPORTED,
+                            "tensor %zu has %zu dimensions; at most %d are supported", graph->tensor_count,
+                            ndim, LP_MAX_DIMS);
     if (graph->tensor_count >= LP_NO_OP / LP_MAX_DIMS)
         return lp_error_set(err, LP_ERR_OVERFLOW, "the tape has too many tensors");
-    LP_TRY(lp_grow(&graph->allocator, &block, &graph->tensor_capacity, graph->tensor_count + 1, sizeof *tensor, err));
+    LP_TRY(lp_grow(&graph->allocator, &block, &graph->tensor_capacity, graph->tensor_count + 1,
+                   sizeof *tensor, err));
     graph->tensors = block;
     tensor = &graph->tensors[graph->tensor_count];
     memset(tensor, 0, sizeof *tensor);
     for (size_t d = 0; d < ndim; d++) {
         if (sizes[d] < 0)
-            return lp_error_set(err, LP_ERR_TRACE, "tensor %zu has size %lld in dimension %zu", graph->tensor_count,
-                                (long long)sizes[d], d);
+            return lp_error_set(err, LP_ERR_TRACE, "tensor %zu has size %lld in dimension %zu",
+                                graph->tensor_count, (long long)sizes[d], d);
         tensor->sizes[d] = sizes[d];
     }
     tensor->ndim = (uint8_t)ndim;
@@ -86,7 +89,8 @@ static lp_status check_tensor(const lp_graph *graph, int64_t id, const char *nam
 }
 
 /* Walk the encoding once, so that no rule meets a truncated argument. */
-static lp_status check_code(const lp_graph *graph, const char *name, const int64_t *code, size_t length, lp_error *err)
+static lp_status check_code(const lp_graph *graph, const char *name, const int64_t *code, size_t length,
+                            lp_error *err)
 {
     size_t at = 0;
 
@@ -112,11 +116,12 @@ static lp_status check_code(const lp_graph *graph, const char *name, const int64
     }
     if (at == length && (length == 0 || code[length - 1] == LP_ARG_NONE || code[length - 1] == LP_ARG_OTHER))
         return LP_OK;
-    return lp_error_set(err, LP_ERR_TRACE, "operation %zu (%s) has malformed arguments", graph->op_count, name);
+    return lp_error_set(err, LP_ERR_TRACE, "operation %zu (%s) has malformed arguments", graph->op_count,
+                        name);
 }
 
-static lp_status append_ints(lp_graph *graph, int64_t **list, size_t *count, size_t *capacity, const int64_t *values,
-                             size_t n, lp_error *err)
+static lp_status append_ints(lp_graph *graph, int64_t **list, size_t *count, size_t *capacity,
+                             const int64_t *values, size_t n, lp_error *err)
 {
     void *block = *list;
     size_t need;
@@ -131,8 +136,8 @@ static lp_status append_ints(lp_graph *graph, int64_t **list, size_t *count, siz
     return LP_OK;
 }
 
-static lp_status append_index(lp_graph *graph, uint32_t **list, size_t *count, size_t *capacity, uint32_t value,
-                              lp_error *err)
+static lp_status append_index(lp_graph *graph, uint32_t **list, size_t *count, size_t *capacity,
+                              uint32_t value, lp_error *err)
 {
     void *block = *list;
     LP_TRY(lp_grow(&graph->allocator, &block, capacity, *count + 1, sizeof **list, err));
@@ -151,7 +156,8 @@ static lp_status find_rule(const char *name, lp_op *op, lp_error *err)
         name += 6;
     length = strlen(name);
     if (length == 0 || length >= sizeof base)
-        return lp_error_set(err, LP_ERR_TRACE, "an operation's name has %zu characters; 1 to %zu are expected", length,
+        return lp_error_set(err, LP_ERR_TRACE,
+                            "an operation's name has %zu characters; 1 to %zu are expected", length,
                             sizeof base - 1);
     memcpy(base, name, length + 1);
     if (length > 1 && base[length - 1] == '_')
@@ -163,8 +169,8 @@ static lp_status find_rule(const char *name, lp_op *op, lp_error *err)
     return LP_OK;
 }
 
-lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, const int64_t *code, size_t code_length,
-                          const int64_t *outputs, size_t output_count, lp_error *err)
+lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, const int64_t *code,
+                          size_t code_length, const int64_t *outputs, size_t output_count, lp_error *err)
 {
     lp_op op = {.code = (uint32_t)graph->code_count,
                 .code_length = (uint32_t)code_length,
@@ -180,9 +186,10 @@ lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, con
         LP_TRY(check_tensor(graph, outputs[i], name, err));
     LP_TRY(lp_grow(&graph->allocator, &block, &graph->op_capacity, graph->op_count + 1, sizeof op, err));
     graph->ops = block;
-    LP_TRY(append_ints(graph, &graph->code, &graph->code_count, &graph->code_capacity, code, code_length, err));
-    LP_TRY(append_ints(graph, &graph->output_ids, &graph->output_id_count, &graph->output_id_capacity, outputs,
-                       output_count, err));
+    LP_TRY(
+        append_ints(graph, &graph->code, &graph->code_count, &graph->code_capacity, code, code_length, err));
+    LP_TRY(append_ints(graph, &graph->output_ids, &graph->output_id_count, &graph->output_id_capacity,
+                       outputs, output_count, err));
     graph->ops[graph->op_count++] = op;
     return LP_OK;
 }
@@ -191,9 +198,11 @@ lp_status lp_graph_set_outputs(lp_graph *graph, const int64_t *tensors, size_t c
 {
     for (size_t i = 0; i < count; i++)
         if (tensors[i] < 0 || (uint64_t)tensors[i] >= graph->tensor_count)
-            return lp_error_set(err, LP_ERR_TRACE, "the model's output %zu is tensor %lld, which is not on the tape", i,
+            return lp_error_set(err, LP_ERR_TRACE,
+                                "the model's output %zu is tensor %lld, which is not on the tape", i,
                                 (long long)tensors[i]);
-    return append_ints(graph, &graph->results, &graph->result_count, &graph->result_capacity, tensors, count, err);
+    return append_ints(graph, &graph->results, &graph->result_count, &graph->result_capacity, tensors, count,
+                       err);
 }
 
 /* ---- arguments ---------------------------------------------------------------------------------------------------- */
@@ -254,7 +263,8 @@ lp_tensor *lp_op_tensor(lp_graph *graph, const lp_op *op, size_t i)
 int64_t lp_op_int(const lp_graph *graph, const lp_op *op, size_t i, int64_t otherwise)
 {
     lp_arg arg = lp_op_arg(graph, op, i);
-    bool usable = (arg.tag == LP_ARG_INT || arg.tag == LP_ARG_BOOL) || (arg.tag == LP_ARG_INTS && arg.count == 1);
+    bool usable =
+        (arg.tag == LP_ARG_INT || arg.tag == LP_ARG_BOOL) || (arg.tag == LP_ARG_INTS && arg.count == 1);
     return usable ? arg.values[0] : otherwise;
 }
 
@@ -280,7 +290,8 @@ uint32_t lp_tensor_id(const lp_graph *graph, const lp_tensor *tensor)
 
 typedef lp_status (*tensor_visit)(lp_graph *graph, lp_tensor *tensor, void *context, lp_error *err);
 
-static lp_status visit_inputs(lp_graph *graph, const lp_op *op, tensor_visit visit, void *context, lp_error *err)
+static lp_status visit_inputs(lp_graph *graph, const lp_op *op, tensor_visit visit, void *context,
+                              lp_error *err)
 {
     const int64_t *code = graph->code + op->code, *end = code + op->code_length;
 
@@ -385,10 +396,11 @@ lp_status lp_set_output(lp_run *run, const lp_op *op, size_t i, const lp_expr *d
         if (out->known)
             LP_TRY(lp_unify_dims(run, out->dims[d], dims[d], LP_RULE_EQUAL, err));
         else if (out->sizes[d] != 0 && lp_axes_size(run->axes, dims[d]) != out->sizes[d])
-            return lp_error_set(err, LP_ERR_INTERNAL,
-                                "operation %u: the rule gave dimension %zu of its output size %lld where the forward "
-                                "pass had %lld; please report this model",
-                                op->index, d, (long long)lp_axes_size(run->axes, dims[d]), (long long)out->sizes[d]);
+            return lp_error_set(
+                err, LP_ERR_INTERNAL,
+                "operation %u: the rule gave dimension %zu of its output size %lld where the forward "
+                "pass had %lld; please report this model",
+                op->index, d, (long long)lp_axes_size(run->axes, dims[d]), (long long)out->sizes[d]);
         else
             out->dims[d] = dims[d];
     }
@@ -406,7 +418,8 @@ static lp_status note_dim_atom(lp_graph *graph, uint32_t tensor, uint32_t dim, l
     if (expr.len == 0)
         return LP_OK;
     atom = graph->axes.factors[expr.off];
-    LP_TRY(lp_grow(&graph->allocator, &block, &graph->atom_dim_capacity, (size_t)atom + 1, sizeof(uint32_t), err));
+    LP_TRY(lp_grow(&graph->allocator, &block, &graph->atom_dim_capacity, (size_t)atom + 1, sizeof(uint32_t),
+                   err));
     graph->atom_dims = block;
     for (size_t i = before; i < graph->atom_dim_capacity; i++)
         graph->atom_dims[i] = UINT32_MAX;
@@ -439,7 +452,8 @@ lp_status lp_freeze_tensor(lp_run *run, const lp_tensor *tensor, lp_reason reaso
     return LP_OK;
 }
 
-lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t dim, lp_reason mark, lp_error *err)
+lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t dim, lp_reason mark,
+                      lp_error *err)
 {
     lp_graph *graph = run->graph;
     void *block = graph->marked;
@@ -447,8 +461,8 @@ lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t di
     if (run->axes->quiet || tensor->ndim == 0)
         return LP_OK;
     LP_TRY(lp_axes_note(run->axes, tensor->dims[dim], mark, err));
-    LP_TRY(lp_grow(&graph->allocator, &block, &graph->marked_capacity, graph->marked_count + 1, sizeof *graph->marked,
-                   err));
+    LP_TRY(lp_grow(&graph->allocator, &block, &graph->marked_capacity, graph->marked_count + 1,
+                   sizeof *graph->marked, err));
     graph->marked = block;
     graph->marked[graph->marked_count++] = (lp_marked){op->index, lp_tensor_id(graph, tensor), (uint32_t)dim};
     return LP_OK;
@@ -530,7 +544,8 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
         LP_TRY(op->rule(run, op, err));
     } else {
         if (op->live)
-            LP_TRY(append_index(graph, &graph->unknown, &graph->unknown_count, &graph->unknown_capacity, op->index, err));
+            LP_TRY(append_index(graph, &graph->unknown, &graph->unknown_count, &graph->unknown_capacity,
+                                op->index, err));
         LP_TRY(lp_rule_unknown(run, op, err));
     }
     for (size_t i = 0; i < op->output_count; i++) {

@@ -11,7 +11,13 @@
 
 typedef struct lp_graph lp_graph;
 
-typedef enum { LP_TENSOR_VALUE, LP_TENSOR_PARAMETER, LP_TENSOR_BUFFER, LP_TENSOR_INPUT, LP_TENSOR_CONSTANT } lp_tensor_role;
+typedef enum {
+    LP_TENSOR_VALUE,
+    LP_TENSOR_PARAMETER,
+    LP_TENSOR_BUFFER,
+    LP_TENSOR_INPUT,
+    LP_TENSOR_CONSTANT
+} lp_tensor_role;
 
 /* Flags of an operation.  LITERAL: a slice or split whose borders are numbers in the model's code, so what lies before
  * a border keeps its size. */
@@ -55,8 +61,8 @@ typedef struct {
     int64_t size;
     lp_kind kind;
     bool prunable;
-    uint32_t flags; /* LP_FROZEN, LP_MARKED and roles */
-    uint32_t notes; /* list of reasons and marks, see lp_graph_note */
+    uint32_t flags;           /* LP_FROZEN, LP_MARKED and roles */
+    uint32_t notes;           /* list of reasons and marks, see lp_graph_note */
     const lp_member *members; /* in order of first use, then dimension, then position */
     size_t member_count;
 } lp_axis;
@@ -74,13 +80,13 @@ void lp_graph_free(lp_graph *graph); /* NULL is fine */
 
 /* Append a tensor; its id is the number of tensors before it.  sizes: ndim (<= 16) of them, each >= 0.  `storage` is
  * shared by views of one another.  `integral` says that the elements are integers or booleans. */
-lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim, lp_tensor_role role, bool integral,
-                              uint64_t storage, lp_error *err);
+lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim, lp_tensor_role role,
+                              bool integral, uint64_t storage, lp_error *err);
 
 /* Append an operation.  name: ATen schema name with or without "aten::"; code: encoded arguments, copied; outputs:
  * tensor ids, -1 where an output is no tensor. */
-lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, const int64_t *code, size_t code_length,
-                          const int64_t *outputs, size_t output_count, lp_error *err);
+lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, const int64_t *code,
+                          size_t code_length, const int64_t *outputs, size_t output_count, lp_error *err);
 
 /* The tensors whose values matter to a caller. */
 lp_status lp_graph_set_outputs(lp_graph *graph, const int64_t *tensors, size_t count, lp_error *err);
@@ -112,12 +118,13 @@ lp_status lp_graph_positions(const lp_graph *graph, const lp_axis *axis, size_t 
 /* The same for a ragged choice: the removed positions when, for each index o of the axis `outer`, the indices
  * chosen[o * per_outer .. + per_outer) of `axis` go.  Sets flags[position] = 1.  LP_ERR_PLAN when this member does not
  * nest `axis` inside `outer`. */
-lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_t member, const lp_axis *outer,
-                               const int64_t *chosen, size_t per_outer, uint8_t *flags, lp_error *err);
+lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_t member,
+                               const lp_axis *outer, const int64_t *chosen, size_t per_outer, uint8_t *flags,
+                               lp_error *err);
 
 /* Size of tensor dimension (tensor, dim) when axis i loses removed[i] indices. */
-lp_status lp_graph_new_size(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed, int64_t *out,
-                            lp_error *err);
+lp_status lp_graph_new_size(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed,
+                            int64_t *out, lp_error *err);
 
 /* Elements of all parameters then. */
 lp_status lp_graph_numel(lp_graph *graph, const int64_t *removed, int64_t *out, lp_error *err);

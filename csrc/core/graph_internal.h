@@ -2,24 +2,18 @@
 #ifndef LP_CORE_GRAPH_INTERNAL_H
 #define LP_CORE_GRAPH_INTERNAL_H
 
+#include "axis_internal.h"
 #include "graph.h"
 
 #define LP_MAX_DIMS 16
-
-#define LP_TRY(call)                                                                                                   \
-    do {                                                                                                               \
-        lp_status try_status_ = (call);                                                                                \
-        if (try_status_ != LP_OK)                                                                                      \
-            return try_status_;                                                                                        \
-    } while (0)
 
 typedef struct {
     int64_t sizes[LP_MAX_DIMS];
     lp_expr dims[LP_MAX_DIMS];
     uint64_t storage;
-    uint32_t storage_id;    /* dense number of the storage */
-    lp_expr values;         /* axis that its integer values name positions of */
-    uint32_t values_of;     /* nonzero: the tensor whose positions its columns name, else LP_NO_OP */
+    uint32_t storage_id; /* dense number of the storage */
+    lp_expr values;      /* axis that its integer values name positions of */
+    uint32_t values_of;  /* nonzero: the tensor whose positions its columns name, else LP_NO_OP */
     uint8_t ndim, role;
     bool integral;
     bool known;      /* dims are set */
@@ -114,7 +108,8 @@ lp_status lp_set_output(lp_run *run, const lp_op *op, size_t i, const lp_expr *d
 lp_status lp_set_fresh(lp_run *run, const lp_op *op, size_t i, lp_reason reason, lp_error *err);
 lp_status lp_freeze_tensor(lp_run *run, const lp_tensor *tensor, lp_reason reason, lp_error *err);
 /* The operation normalises over this dimension of its input. */
-lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t dim, lp_reason mark, lp_error *err);
+lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t dim, lp_reason mark,
+                      lp_error *err);
 lp_status lp_unify_dims(lp_run *run, lp_expr a, lp_expr b, lp_rule rule, lp_error *err);
 /* Index tensor meets the dimension it points into: its value axis unifies, else the dimension freezes. */
 lp_status lp_index_dim(lp_run *run, const lp_tensor *index, lp_expr dim, lp_error *err);

@@ -25,8 +25,9 @@ static int by_first_use(const void *left, const void *right)
     if (a->prunable != b->prunable)
         return a->prunable ? -1 : 1;
     /* members point into one array; the first occurrence orders axes by parameter, dimension and position */
-    return a->members[0].occurrence < b->members[0].occurrence ? -1
-                                                               : a->members[0].occurrence > b->members[0].occurrence;
+    return a->members[0].occurrence < b->members[0].occurrence
+               ? -1
+               : a->members[0].occurrence > b->members[0].occurrence;
 }
 
 static int64_t spread(const lp_graph *graph, uint32_t occurrence)
@@ -61,7 +62,8 @@ static const lp_axis *partner(lp_graph *graph, const lp_axis *axis, uint32_t rol
                 const lp_occurrence *other = &graph->occurrences.items[axis->members[k].occurrence];
                 everywhere = false;
                 for (uint32_t l = 0; l < other->loop_count; l++)
-                    everywhere |= lp_axes_find(&graph->axes, graph->occurrences.loops[other->loop_first + l].atom) == root;
+                    everywhere |= lp_axes_find(&graph->axes,
+                                               graph->occurrences.loops[other->loop_first + l].atom) == root;
             }
             if (everywhere)
                 return &graph->list[id];
@@ -79,11 +81,13 @@ static lp_kind classify(lp_graph *graph, const lp_axis *axis)
         return LP_KIND_EXPERT;
     if (flags & LP_ROLE_BATCH) {
         around = partner(graph, axis, LP_ROLE_BATCH, true);
-        return around != NULL && coverage(graph, around) > coverage(graph, axis) ? LP_KIND_QUERY : LP_KIND_HEAD;
+        return around != NULL && coverage(graph, around) > coverage(graph, axis) ? LP_KIND_QUERY
+                                                                                 : LP_KIND_HEAD;
     }
     if ((flags & LP_ROLE_CONTRACT) != 0 && (flags & LP_ROLE_SCALE) != 0)
         return LP_KIND_STATE;
-    if ((flags & (LP_ROLE_CONTRACT | LP_ROLE_VALUE)) != 0 && partner(graph, axis, LP_ROLE_BATCH, false) != NULL)
+    if ((flags & (LP_ROLE_CONTRACT | LP_ROLE_VALUE)) != 0 &&
+        partner(graph, axis, LP_ROLE_BATCH, false) != NULL)
         return flags & LP_ROLE_CONTRACT ? LP_KIND_HEAD_DIM : LP_KIND_VALUE_DIM;
     if (flags & (LP_ROLE_EMBEDDING | LP_ROLE_JOINED))
         return LP_KIND_CHANNEL;
@@ -92,7 +96,8 @@ static lp_kind classify(lp_graph *graph, const lp_axis *axis)
     return LP_KIND_OTHER;
 }
 
-static lp_status find_occurrences(lp_graph *graph, lp_found **found, size_t *count, size_t *capacity, lp_error *err)
+static lp_status find_occurrences(lp_graph *graph, lp_found **found, size_t *count, size_t *capacity,
+                                  lp_error *err)
 {
     for (size_t i = 0; i < graph->adopted_count; i++) {
         uint32_t t = graph->adopted[i];
@@ -118,12 +123,15 @@ static lp_status make_axes(lp_graph *graph, const lp_found *found, size_t count,
 {
     void *block = graph->members;
 
-    LP_TRY(lp_grow(&graph->allocator, &block, &graph->member_capacity, count + 1, sizeof *graph->members, err));
+    LP_TRY(
+        lp_grow(&graph->allocator, &block, &graph->member_capacity, count + 1, sizeof *graph->members, err));
     graph->members = block;
     for (size_t i = 0, end; i < count; i = end) {
         bool parameter = false, live = false;
         lp_atom root = found[i].root;
-        lp_axis axis = {.root = root, .size = graph->axes.atoms[root].size, .members = graph->members + graph->member_count};
+        lp_axis axis = {.root = root,
+                        .size = graph->axes.atoms[root].size,
+                        .members = graph->members + graph->member_count};
 
         for (end = i; end < count && found[end].root == root; end++) {
             const lp_tensor *tensor = &graph->tensors[found[end].tensor];
@@ -142,7 +150,8 @@ static lp_status make_axes(lp_graph *graph, const lp_found *found, size_t count,
         axis.notes = graph->axes.atoms[root].notes;
         axis.prunable = (axis.flags & LP_FROZEN) == 0;
         block = graph->list;
-        LP_TRY(lp_grow(&graph->allocator, &block, &graph->axis_capacity, graph->axis_count + 1, sizeof *graph->list, err));
+        LP_TRY(lp_grow(&graph->allocator, &block, &graph->axis_capacity, graph->axis_count + 1,
+                       sizeof *graph->list, err));
         graph->list = block;
         graph->list[graph->axis_count++] = axis;
     }
@@ -216,7 +225,8 @@ lp_status lp_graph_freeze(lp_graph *graph, size_t id, lp_reason reason, uint32_t
     lp_axis *axis;
 
     if (id >= graph->axis_count || reason >= LP_REASON_MARK_BASE)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "axis %zu does not exist or the reason does not freeze", id);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "axis %zu does not exist or the reason does not freeze",
+                            id);
     axis = &graph->list[id];
     graph->axes.op = op;
     LP_TRY(lp_axes_note_atom(&graph->axes, axis->root, reason, err));
@@ -235,8 +245,8 @@ typedef struct {
     size_t count;
 } lp_odometer;
 
-static lp_status odometer(const lp_occurrences *list, const lp_occurrence *item, lp_atom skip, lp_odometer *out,
-                          lp_error *err)
+static lp_status odometer(const lp_occurrences *list, const lp_occurrence *item, lp_atom skip,
+                          lp_odometer *out, lp_error *err)
 {
     out->count = 0;
     for (uint32_t i = 0; i < item->loop_count; i++) {
@@ -247,7 +257,8 @@ static lp_status odometer(const lp_occurrences *list, const lp_occurrence *item,
             continue;
         }
         if (out->count == sizeof out->loops / sizeof out->loops[0])
-            return lp_error_set(err, LP_ERR_UNSUPPORTED, "a dimension is nested in more than %zu factors", out->count);
+            return lp_error_set(err, LP_ERR_UNSUPPORTED, "a dimension is nested in more than %zu factors",
+                                out->count);
         while (place > 0 && out->loops[place - 1].stride < loop.stride) {
             out->loops[place] = out->loops[place - 1];
             place--;
@@ -284,7 +295,8 @@ lp_status lp_graph_positions(const lp_graph *graph, const lp_axis *axis, size_t 
     lp_odometer wheel;
 
     if (member >= axis->member_count)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "the axis has %zu members, not %zu", axis->member_count, member + 1);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "the axis has %zu members, not %zu", axis->member_count,
+                            member + 1);
     item = &graph->occurrences.items[axis->members[member].occurrence];
     *per_index = (size_t)spread(graph, axis->members[member].occurrence);
     if (out == NULL)
@@ -298,8 +310,9 @@ lp_status lp_graph_positions(const lp_graph *graph, const lp_axis *axis, size_t 
     return LP_OK;
 }
 
-lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_t member, const lp_axis *outer,
-                               const int64_t *chosen, size_t per_outer, uint8_t *flags, lp_error *err)
+lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_t member,
+                               const lp_axis *outer, const int64_t *chosen, size_t per_outer, uint8_t *flags,
+                               lp_error *err)
 {
     const lp_occurrence *item = &graph->occurrences.items[axis->members[member].occurrence];
     const lp_loop *around = NULL;
@@ -309,11 +322,13 @@ lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_
         if (graph->occurrences.loops[item->loop_first + i].atom == outer->root)
             around = &graph->occurrences.loops[item->loop_first + i];
     if (around == NULL)
-        return lp_error_set(err, LP_ERR_PLAN,
-                            "a choice of its own for each index of the outer axis needs every member nested in it");
+        return lp_error_set(
+            err, LP_ERR_PLAN,
+            "a choice of its own for each index of the outer axis needs every member nested in it");
     for (int64_t o = 0; o < outer->size; o++)
         for (size_t k = 0; k < per_outer; k++) {
-            int64_t base = item->offset + o * around->stride + chosen[(size_t)o * per_outer + k] * item->stride;
+            int64_t base =
+                item->offset + o * around->stride + chosen[(size_t)o * per_outer + k] * item->stride;
             LP_TRY(odometer(&graph->occurrences, item, outer->root, &wheel, err));
             do
                 flags[base + odometer_value(&wheel)] = 1;
@@ -366,10 +381,13 @@ static void set_removed(lp_graph *graph, const int64_t *removed)
         graph->removed[graph->list[i].root] = removed != NULL ? removed[i] : 0;
 }
 
-lp_status lp_graph_new_size(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed, int64_t *out,
-                            lp_error *err)
+lp_status lp_graph_new_size(lp_graph *graph, uint32_t tensor, uint32_t dim, const int64_t *removed,
+                            int64_t *out, lp_error *err)
 {
     LP_TRY(check_dim(graph, tensor, dim, err));
+    *out = 0;
+    if (graph->tensors[tensor].sizes[dim] == 0)
+        return LP_OK;
     set_removed(graph, removed);
     return lp_axes_new_size(&graph->axes, graph->tensors[tensor].dims[dim], graph->removed, out, err);
 }

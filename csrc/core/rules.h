@@ -25,7 +25,7 @@ LP_DECLARE_RULE(lp_rule_stack);
 LP_DECLARE_RULE(lp_rule_pad);
 LP_DECLARE_RULE(lp_rule_slice);
 LP_DECLARE_RULE(lp_rule_pieces);
-LP_DECLARE_RULE(lp_rule_select); /* also unbind */
+LP_DECLARE_RULE(lp_rule_select);  /* also unbind */
 LP_DECLARE_RULE(lp_rule_reorder); /* flip, roll: order along the dims in argument `detail` */
 LP_DECLARE_RULE(lp_rule_unfold);
 LP_DECLARE_RULE(lp_rule_as_strided);
@@ -56,7 +56,14 @@ LP_DECLARE_RULE(lp_rule_count);
 LP_DECLARE_RULE(lp_rule_search); /* detail: argument whose shape the output takes */
 
 /* rules_reduce.c: reductions and normalisations.  detail: LP_REDUCE(effect, position of the dims argument) */
-enum { LP_REDUCE_SUM = 0, LP_REDUCE_MEAN, LP_REDUCE_EXTREME, LP_REDUCE_SOFT, LP_REDUCE_NORM, LP_REDUCE_ORDER };
+enum {
+    LP_REDUCE_SUM = 0,
+    LP_REDUCE_MEAN,
+    LP_REDUCE_EXTREME,
+    LP_REDUCE_SOFT,
+    LP_REDUCE_NORM,
+    LP_REDUCE_ORDER
+};
 #define LP_REDUCE(effect, argument) ((uint8_t)((effect) | ((argument) << 4)))
 LP_DECLARE_RULE(lp_rule_reduce);
 LP_DECLARE_RULE(lp_rule_extreme); /* max/min: a reduction over one dim, over all, or of two tensors */
@@ -75,7 +82,7 @@ const char *lp_rule_name(size_t i);
 
 /* Unify the right-aligned dimensions of `tensor` that are not of size 1 with those of dims[ndim]; a size that differs
  * freezes both. */
-lp_status lp_broadcast(lp_run *run, const lp_tensor *tensor, const lp_expr *dims, const int64_t *sizes, size_t ndim,
-                       lp_rule rule, lp_error *err);
+lp_status lp_broadcast(lp_run *run, const lp_tensor *tensor, const lp_expr *dims, const int64_t *sizes,
+                       size_t ndim, lp_rule rule, lp_error *err);
 
 #endif

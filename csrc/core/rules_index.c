@@ -102,8 +102,8 @@ lp_status lp_rule_index_add(lp_run *run, const lp_op *op, lp_error *err)
 
 /* Dimensions of self[indices]: index tensors broadcast together stand where the first of them does when they are
  * adjacent, else in front.  A boolean mask takes as many dimensions as it has and leaves one of unknown length. */
-static lp_status indexed_dims(lp_run *run, lp_tensor *self, lp_arg list, const int64_t *sizes, size_t out_ndim,
-                              lp_expr *dims, bool *known, lp_error *err)
+static lp_status indexed_dims(lp_run *run, lp_tensor *self, lp_arg list, const int64_t *sizes,
+                              size_t out_ndim, lp_expr *dims, bool *known, lp_error *err)
 {
     lp_graph *graph = run->graph;
     lp_expr joint[LP_MAX_DIMS], kept[LP_MAX_DIMS];
@@ -121,8 +121,9 @@ static lp_status indexed_dims(lp_run *run, lp_tensor *self, lp_arg list, const i
             continue;
         }
         /* a mask has the sizes of what it covers, and a joint dimension of data-dependent length */
-        masked |= index->ndim > 0 && at + index->ndim <= self->ndim && out_ndim + index->ndim == self->ndim + 1u &&
-                  list.count == 1 && index->integral && index->sizes[0] == self->sizes[at] && index->role == LP_TENSOR_VALUE &&
+        masked |= index->ndim > 0 && at + index->ndim <= self->ndim &&
+                  out_ndim + index->ndim == self->ndim + 1u && list.count == 1 && index->integral &&
+                  index->sizes[0] == self->sizes[at] && index->role == LP_TENSOR_VALUE &&
                   !index->has_values && sizes[0] != index->sizes[0];
         first = i < first ? i : first;
         last = i;
@@ -174,12 +175,14 @@ lp_status lp_rule_index(lp_run *run, const lp_op *op, lp_error *err)
         known = lp_axes_size(run->axes, dims[d]) == out->sizes[d];
     if (!known) {
         /* a boolean mask: its dimensions collapse into one; those behind it pass */
-        size_t mask_ndim = list.count == 1 && list.values[0] >= 0 ? run->graph->tensors[list.values[0]].ndim : 0;
+        size_t mask_ndim =
+            list.count == 1 && list.values[0] >= 0 ? run->graph->tensors[list.values[0]].ndim : 0;
         if (mask_ndim == 0 || out->ndim + mask_ndim != self->ndim + 1u)
             return lp_rule_unknown(run, op, err);
         for (size_t d = 0; d < mask_ndim; d++) {
             LP_TRY(lp_axes_note(run->axes, self->dims[d], LP_REASON_INDEXED, err));
-            LP_TRY(lp_unify_dims(run, self->dims[d], run->graph->tensors[list.values[0]].dims[d], LP_RULE_EQUAL, err));
+            LP_TRY(lp_unify_dims(run, self->dims[d], run->graph->tensors[list.values[0]].dims[d],
+                                 LP_RULE_EQUAL, err));
         }
         LP_TRY(lp_axes_fresh(run->axes, out->sizes[0], &dims[0], err));
         LP_TRY(lp_axes_note(run->axes, dims[0], LP_REASON_INDEXED, err));
@@ -286,7 +289,8 @@ lp_status lp_rule_topk(lp_run *run, const lp_op *op, lp_error *err)
 
 lp_status lp_rule_sort(lp_run *run, const lp_op *op, lp_error *err)
 {
-    lp_tensor *self = lp_op_tensor(run->graph, op, 0), *indices = lp_op_output(run->graph, op, op->detail == 1 ? 0 : 1);
+    lp_tensor *self = lp_op_tensor(run->graph, op, 0),
+              *indices = lp_op_output(run->graph, op, op->detail == 1 ? 0 : 1);
     size_t dim, arguments = lp_op_arg_count(run->graph, op);
     int64_t which = -1;
 
@@ -324,7 +328,8 @@ lp_status lp_rule_count(lp_run *run, const lp_op *op, lp_error *err)
 
 lp_status lp_rule_search(lp_run *run, const lp_op *op, lp_error *err)
 {
-    lp_tensor *shape = lp_op_tensor(run->graph, op, op->detail), *table = lp_op_tensor(run->graph, op, 1u - op->detail);
+    lp_tensor *shape = lp_op_tensor(run->graph, op, op->detail),
+              *table = lp_op_tensor(run->graph, op, 1u - op->detail);
     lp_tensor *out = lp_op_output(run->graph, op, 0);
 
     if (shape == NULL || out == NULL || shape->ndim != out->ndim)

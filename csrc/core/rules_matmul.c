@@ -2,8 +2,8 @@
 #include "rules.h"
 
 /* What a product of a and b makes of its contracted, free and batch dimensions. */
-static lp_status note_roles(lp_run *run, const lp_tensor *a, const lp_tensor *b, lp_expr batch, lp_expr contracted,
-                            lp_expr free_a, lp_expr free_b, lp_error *err)
+static lp_status note_roles(lp_run *run, const lp_tensor *a, const lp_tensor *b, lp_expr batch,
+                            lp_expr contracted, lp_expr free_a, lp_expr free_b, lp_error *err)
 {
     if (a->weight != b->weight) {
         LP_TRY(lp_axes_role(run->axes, contracted, LP_ROLE_LINEAR_IN, err));
@@ -20,7 +20,8 @@ static lp_status count_macs(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_graph *graph = run->graph;
     void *block = graph->macs;
-    LP_TRY(lp_grow(&graph->allocator, &block, &graph->macs_capacity, graph->macs_count + 1, sizeof *graph->macs, err));
+    LP_TRY(lp_grow(&graph->allocator, &block, &graph->macs_capacity, graph->macs_count + 1,
+                   sizeof *graph->macs, err));
     graph->macs = block;
     graph->macs[graph->macs_count++] = op->index;
     return LP_OK;
@@ -65,8 +66,10 @@ static lp_rule contraction(const lp_tensor *a, const lp_tensor *b)
 /* mm, bmm, mv, dot, matmul, and with a leading summand addmm, baddbmm, addmv, addbmm. */
 lp_status lp_rule_matmul(lp_run *run, const lp_op *op, lp_error *err)
 {
-    lp_tensor *a = lp_op_tensor(run->graph, op, op->detail), *b = lp_op_tensor(run->graph, op, op->detail + 1u);
-    lp_tensor *out = lp_op_output(run->graph, op, 0), *bias = op->detail == 1 ? lp_op_tensor(run->graph, op, 0) : NULL;
+    lp_tensor *a = lp_op_tensor(run->graph, op, op->detail),
+              *b = lp_op_tensor(run->graph, op, op->detail + 1u);
+    lp_tensor *out = lp_op_output(run->graph, op, 0),
+              *bias = op->detail == 1 ? lp_op_tensor(run->graph, op, 0) : NULL;
     lp_expr dims[LP_MAX_DIMS], batch = LP_EMPTY, free_a, free_b, k_a, k_b;
     size_t na, nb, batches_a, batches_b, batches, at = 0;
 
@@ -103,8 +106,8 @@ lp_status lp_rule_matmul(lp_run *run, const lp_op *op, lp_error *err)
     if (at != out->ndim)
         return lp_rule_unknown(run, op, err);
     if (bias != NULL)
-        LP_TRY(lp_broadcast(run, bias, dims, out->sizes, out->ndim, bias->weight ? LP_RULE_FORWARD : LP_RULE_EQUAL,
-                            err));
+        LP_TRY(lp_broadcast(run, bias, dims, out->sizes, out->ndim,
+                            bias->weight ? LP_RULE_FORWARD : LP_RULE_EQUAL, err));
     LP_TRY(count_macs(run, op, err));
     return lp_set_output(run, op, 0, dims, err);
 }
@@ -177,10 +180,12 @@ lp_status lp_rule_attention(lp_run *run, const lp_op *op, lp_error *err)
     bool scaled = false;
     size_t n, arguments = lp_op_arg_count(run->graph, op);
 
-    if (q == NULL || k == NULL || v == NULL || out == NULL || q->ndim < 2 || k->ndim != q->ndim || v->ndim != q->ndim)
+    if (q == NULL || k == NULL || v == NULL || out == NULL || q->ndim < 2 || k->ndim != q->ndim ||
+        v->ndim != q->ndim)
         return lp_rule_unknown(run, op, err);
     n = q->ndim;
-    for (size_t i = 3; i < arguments; i++) /* dropout_p is argument 3 to 5 of every kernel, the scale comes later */
+    for (size_t i = 3; i < arguments;
+         i++) /* dropout_p is argument 3 to 5 of every kernel, the scale comes later */
         if (lp_op_arg(run->graph, op, i).tag == LP_ARG_FLOAT && i > 5)
             scaled = true;
     for (size_t d = 0; d + 2 < n; d++) {
@@ -208,7 +213,8 @@ lp_status lp_rule_attention(lp_run *run, const lp_op *op, lp_error *err)
     dims[n - 1] = v->dims[n - 1];
     LP_TRY(lp_set_output(run, op, 0, dims, err));
     for (size_t i = 1; i < op->output_count; i++)
-        LP_TRY(lp_set_fresh(run, op, i, LP_REASON_OUTPUT, err)); /* logsumexp and seeds, for the backward pass */
+        LP_TRY(
+            lp_set_fresh(run, op, i, LP_REASON_OUTPUT, err)); /* logsumexp and seeds, for the backward pass */
     return LP_OK;
 }
 
@@ -238,7 +244,8 @@ lp_status lp_rule_convolution(lp_run *run, const lp_op *op, lp_error *err)
         lp_expr outer = w->dims[0];
         LP_TRY(lp_axes_split(run->axes, x->dims[1], split_x, 2, channels, &aligned, err));
         if (aligned)
-            LP_TRY(lp_axes_split(run->axes, outer, transposed ? split_x : split_o, 2, features, &aligned, err));
+            LP_TRY(
+                lp_axes_split(run->axes, outer, transposed ? split_x : split_o, 2, features, &aligned, err));
         if (!aligned)
             return lp_rule_unknown(run, op, err);
         LP_TRY(lp_unify_dims(run, channels[0], features[0], LP_RULE_FORWARD, err));

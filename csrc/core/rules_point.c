@@ -1,8 +1,8 @@
 /* Operations that work element by element on operands broadcast against each other, and makers of new tensors. */
 #include "rules.h"
 
-lp_status lp_broadcast(lp_run *run, const lp_tensor *tensor, const lp_expr *dims, const int64_t *sizes, size_t ndim,
-                       lp_rule rule, lp_error *err)
+lp_status lp_broadcast(lp_run *run, const lp_tensor *tensor, const lp_expr *dims, const int64_t *sizes,
+                       size_t ndim, lp_rule rule, lp_error *err)
 {
     for (size_t k = 1; k <= tensor->ndim && k <= ndim; k++) {
         size_t t = tensor->ndim - k, d = ndim - k;

@@ -2,7 +2,8 @@
  * normalisation sees another denominator, so its axis is marked. */
 #include "rules.h"
 
-static lp_status effect_on(lp_run *run, const lp_op *op, lp_tensor *input, size_t dim, unsigned effect, lp_error *err)
+static lp_status effect_on(lp_run *run, const lp_op *op, lp_tensor *input, size_t dim, unsigned effect,
+                           lp_error *err)
 {
     switch (effect) {
     case LP_REDUCE_MEAN:
@@ -81,8 +82,8 @@ lp_status lp_rule_softmax(lp_run *run, const lp_op *op, lp_error *err)
 
     if (input == NULL)
         return lp_rule_unknown(run, op, err);
-    LP_TRY(lp_mark_dim(run, op, input, lp_wrap_dim(lp_op_int(run->graph, op, 1, -1), input->ndim), LP_MARK_SOFTMAX,
-                       err));
+    LP_TRY(lp_mark_dim(run, op, input, lp_wrap_dim(lp_op_int(run->graph, op, 1, -1), input->ndim),
+                       LP_MARK_SOFTMAX, err));
     return lp_set_output(run, op, 0, input->dims, err);
 }
 

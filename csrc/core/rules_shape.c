@@ -16,7 +16,8 @@ static void keep_values(const lp_tensor *from, lp_tensor *to)
     }
 }
 
-static lp_status freeze_through(lp_run *run, const lp_op *op, const lp_tensor *input, lp_reason reason, lp_error *err)
+static lp_status freeze_through(lp_run *run, const lp_op *op, const lp_tensor *input, lp_reason reason,
+                                lp_error *err)
 {
     LP_TRY(lp_freeze_tensor(run, input, reason, err));
     for (size_t i = 0; i < op->output_count; i++)
@@ -166,7 +167,8 @@ lp_status lp_rule_cat(lp_run *run, const lp_op *op, lp_error *err)
         }
         for (size_t d = 0; status == LP_OK && d < out->ndim; d++)
             if (d != dim)
-                status = lp_unify_dims(run, first->dims[d], tensor->dims[d], lp_rule_between(first, tensor), err);
+                status =
+                    lp_unify_dims(run, first->dims[d], tensor->dims[d], lp_rule_between(first, tensor), err);
     }
     if (status == LP_OK && first != NULL) {
         copy_dims(first, dims);
@@ -175,7 +177,8 @@ lp_status lp_rule_cat(lp_run *run, const lp_op *op, lp_error *err)
     lp_release(&run->graph->allocator, block, capacity, sizeof *terms);
     if (status != LP_OK)
         return status;
-    return first == NULL ? lp_set_fresh(run, op, 0, LP_REASON_UNKNOWN_OP, err) : lp_set_output(run, op, 0, dims, err);
+    return first == NULL ? lp_set_fresh(run, op, 0, LP_REASON_UNKNOWN_OP, err)
+                         : lp_set_output(run, op, 0, dims, err);
 }
 
 lp_status lp_rule_stack(lp_run *run, const lp_op *op, lp_error *err)
@@ -244,7 +247,8 @@ lp_status lp_rule_pad(lp_run *run, const lp_op *op, lp_error *err)
 }
 
 /* Every s-th position: n = (n / s) x s, of which one inner position is taken. */
-static lp_status stride(lp_run *run, const lp_op *op, lp_tensor *input, size_t dim, int64_t step, lp_error *err)
+static lp_status stride(lp_run *run, const lp_op *op, lp_tensor *input, size_t dim, int64_t step,
+                        lp_error *err)
 {
     lp_tensor *out = lp_op_output(run->graph, op, 0);
     int64_t sizes[2] = {input->sizes[dim] / step, step};
@@ -266,8 +270,8 @@ static lp_status stride(lp_run *run, const lp_op *op, lp_tensor *input, size_t d
 }
 
 /* Literal borders count from the front, negative ones from the end: the side they count from keeps its size. */
-static lp_status fix_borders(lp_run *run, const lp_op *op, const lp_expr *pieces, size_t cuts, bool begins, bool ends,
-                             lp_error *err)
+static lp_status fix_borders(lp_run *run, const lp_op *op, const lp_expr *pieces, size_t cuts, bool begins,
+                             bool ends, lp_error *err)
 {
     bool start_from_end = begins && lp_op_int(run->graph, op, 2, 0) < 0;
     bool end_from_end = ends && lp_op_int(run->graph, op, 3, 0) < 0;
@@ -414,7 +418,8 @@ lp_status lp_rule_reorder(lp_run *run, const lp_op *op, lp_error *err)
     if (list.count == 0)
         LP_TRY(lp_freeze_tensor(run, input, LP_REASON_ORDER, err));
     for (size_t i = 0; i < list.count; i++)
-        LP_TRY(lp_axes_note(run->axes, input->dims[lp_wrap_dim(list.values[i], input->ndim)], LP_REASON_ORDER, err));
+        LP_TRY(lp_axes_note(run->axes, input->dims[lp_wrap_dim(list.values[i], input->ndim)], LP_REASON_ORDER,
+                            err));
     return lp_rule_keep(run, op, err);
 }
 
