@@ -140,6 +140,7 @@ class Graph:
         fingerprint: str,
         tied: Mapping[str, str] | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        complete: bool = True,
     ) -> None:
         """Build from a tape.
 
@@ -148,6 +149,8 @@ class Graph:
             fingerprint: identifies the model (:func:`llmprune.record.fingerprint`).
             tied: other name -> canonical name of tied parameters.
             shapes: canonical name -> shape of every parameter; None: those on the tape.
+            complete: whether the tape's equations explain every size that is not a number in the model's code. (Those
+                of a second form of attention are only the ones that read attributes.)
 
         Raises:
             TraceError: the tape is malformed.
@@ -156,7 +159,7 @@ class Graph:
         self.fingerprint = fingerprint
         self.tied = dict(tied or {})
         self.second: SecondForm | None = None
-        self._core = _core.Graph(tape.tensors, _with_literals(tape), tape.outputs)
+        self._core = _core.Graph(tape.tensors, _with_literals(tape) if complete else tape.ops, tape.outputs)
         self._ids: dict[str, int] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, tuple[int, ...]] = {}
@@ -176,7 +179,8 @@ class Graph:
             from llmprune.second_form import SecondForm
 
             self.second = SecondForm(
-                self, Graph(tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters)
+                self,
+                Graph(tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters, complete=False),
             )
 
     @classmethod
