@@ -177,8 +177,6 @@ def _prune(options: argparse.Namespace) -> None:
         text = _read_text(options.eval)
     if options.save_plan is not None and not options.save_plan.absolute().parent.is_dir():
         raise InputError(f"the folder of {options.save_plan} does not exist")
-    if options.output is not None and not options.output.absolute().parent.is_dir():
-        raise InputError(f"the folder of {options.output} does not exist: make it first")
     clock = Stages(announcer(bool(options.quiet)))
     model, tokenizer = _load(options.model, clock)
     calibration = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,6 +53,7 @@ class Report:
         calibration_hash: sha256 of the calibration samples; None where the importance needs none.
         notes: what the recording had to do besides the ordinary.
         output: where the checkpoint lies; None if none was written.
+        form: its form, ``stock`` or ``universal``.
         perplexity: before and after, if it was measured.
         generation: prompt, and continuation before and after, if asked for.
     """
@@ -69,6 +71,7 @@ class Report:
     calibration_hash: str | None
     notes: list[str] = field(default_factory=list)
     output: str | None = None
+    form: str | None = None
     perplexity: tuple[float, float] | None = None
     generation: tuple[str, str, str] | None = None
 
@@ -105,6 +108,7 @@ class Report:
             "stages": [asdict(stage) for stage in self.stages],
             "notes": self.notes,
             "output": self.output,
+            "form": self.form,
         }
 
 
@@ -220,19 +224,28 @@ def prune(
         notes=list(graph.tape.notes),
     )
     if output is not None:
-        save(model, report, tokenizer, output, overwrite, clock)
+        save(model, report, tokenizer, output, overwrite, clock, inputs)
     return report
 
 
 def save(
-    model: nn.Module, report: Report, tokenizer: Any, output: str | Path, overwrite: bool, clock: Stages
+    model: nn.Module,
+    report: Report,
+    tokenizer: Any,
+    output: str | Path,
+    overwrite: bool,
+    clock: Stages,
+    inputs: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the pruned model as a stage of its own and note the place in the report."""
     from llmprune.checkpoint import save_pretrained
 
+    figures: dict[str, tuple[float, float]] = {"MACs per token": (report.before.macs, report.after.macs)}
+    if report.perplexity is not None:
+        figures["perplexity"] = report.perplexity
     with clock.stage("save", f"writing {output}"):
-        save_pretrained(model, output, tokenizer=tokenizer, overwrite=overwrite)
-    report.output = str(output)
+        saved = save_pretrained(model, output, tokenizer, overwrite, inputs=inputs, figures=figures)
+    report.output, report.form = saved.directory, saved.form
 
 
 def check_options(
@@ -244,7 +257,7 @@ def check_options(
     """Refuse before any work what would be refused after it.
 
     Raises:
-        InputError: an unknown or future repair, or an output that exists and may not be replaced.
+        InputError: an unknown or future repair, or an output that may not be replaced or cannot be made.
     """
     if repair == "ls":
         raise InputError(
@@ -254,8 +267,24 @@ def check_options(
         raise InputError(f"unknown repair {repair!r}: this version has {' and '.join(REPAIRS)}")
     if repair_calibration is not None:
         raise InputError("repair_calibration is given, but this version has no repair that could use it")
-    if output is not None and Path(output).exists() and not overwrite:
-        raise InputError(f"{output} exists: choose another output folder or pass overwrite (--overwrite)")
+    if output is not None:
+        _check_output(Path(output), overwrite)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Raise InputError for a folder that cannot be written in the end."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} exists and is no folder: choose another output folder")
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise InputError(f"{output} exists: choose another output folder, or overwrite it with --overwrite")
+        if not (output / "config.json").is_file():
+            raise InputError(f"{output} holds no checkpoint, so it is not overwritten: choose another output folder")
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{output} cannot be made, since {place} cannot be written to: choose another output folder")
 
 
 def announcer(quiet: bool | None) -> Any:

@@ -81,7 +81,7 @@ def render(report: Report) -> str:
     verified = "not verified" if report.verification is None else f"verified: {report.verification}"
     closing = [*report.notes, verified]
     if report.output is not None:
-        closing.append(f"checkpoint: {report.output}")
+        closing.append(f"checkpoint: {report.output} ({report.form} form)")
     parts.append("\n".join(closing))
     return "\n\n".join(parts)
 

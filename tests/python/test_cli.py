@@ -132,7 +132,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["prune", "{folder}", "--importance", "l1", "--eval", "{tmp}/nothing.txt"], "does not exist"),
         (["prune", "{folder}", "--importance", "l1", "--eval", "{tmp}/empty.txt"], "window"),
         (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/taken"], "exists"),
-        (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/no/such/out"], "does not exist"),
+        (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/taken", "--overwrite"], "no checkpoint"),
+        (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/empty.txt"], "no folder"),
+        (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/empty.txt/out"], "cannot be made"),
         (["prune", "{tmp}/nowhere", "--importance", "l1"], "nowhere"),
         (["prune", "{tmp}/taken", "--importance", "l1"], "taken"),
         (["prune", "{folder}", "--importance", "l1", "--kinds", "wheel"], "wheel"),
@@ -152,6 +154,7 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").write_text("x")
     filled = [word.format(folder=folder, tmp=tmp_path) for word in words]
     quiet = ["--quiet"] if words and words[0] != "fly" else []
     code, out, err = run(capsys, *filled, *quiet)
@@ -160,7 +163,7 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "taken"]
-    assert not list((tmp_path / "taken").iterdir())
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["precious"]
 
 
 def test_overwrite_replaces_the_folder(
