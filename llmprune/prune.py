@@ -277,14 +277,20 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists and is no folder: choose another output folder")
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            raise InputError(f"{output} exists: choose another output folder, or overwrite it with --overwrite")
+            raise InputError(
+                f"{output} exists: choose another output folder, or overwrite it with --overwrite"
+            )
         if not (output / "config.json").is_file():
-            raise InputError(f"{output} holds no checkpoint, so it is not overwritten: choose another output folder")
+            raise InputError(
+                f"{output} holds no checkpoint, so it is not overwritten: choose another output folder"
+            )
     place = output.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"{output} cannot be made, since {place} cannot be written to: choose another output folder")
+        raise InputError(
+            f"{output} cannot be made, since {place} cannot be written to: choose another output folder"
+        )
 
 
 def announcer(quiet: bool | None) -> Any:

@@ -132,7 +132,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["prune", "{folder}", "--importance", "l1", "--eval", "{tmp}/nothing.txt"], "does not exist"),
         (["prune", "{folder}", "--importance", "l1", "--eval", "{tmp}/empty.txt"], "window"),
         (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/taken"], "exists"),
-        (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/taken", "--overwrite"], "no checkpoint"),
+        (
+            ["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/taken", "--overwrite"],
+            "no checkpoint",
+        ),
         (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/empty.txt"], "no folder"),
         (["prune", "{folder}", "--importance", "l1", "--output", "{tmp}/empty.txt/out"], "cannot be made"),
         (["prune", "{tmp}/nowhere", "--importance", "l1"], "nowhere"),
