@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from llmprune.tape import BOOL, FLOAT, INT, NONE, OTHER, TENSOR, TENSORS, Tape
+from llmprune.tape import TENSOR, TENSORS, Tape, arguments
 
 
 @dataclass
@@ -76,28 +76,11 @@ def _owners(scopes: Sequence[str], lists: Sequence[str]) -> list[tuple[str, int]
     return owners
 
 
-def _anonymous(code: Sequence[int], sizes: Sequence[int]) -> Iterator[int]:
+def _anonymous(code: list[int], sizes: Sequence[int]) -> Iterator[int]:
     """An operation's arguments with each tensor's number replaced by what it looks like."""
-    place = 0
-    while place < len(code):
-        tag = code[place]
+    for tag, payload in arguments(code):
         yield tag
-        if tag == TENSOR:
-            yield sizes[code[place + 1]]
-            place += 2
-        elif tag == TENSORS:
-            count = code[place + 1]
-            yield from (sizes[t] if t >= 0 else -1 for t in code[place + 2 : place + 2 + count])
-            place += 2 + count
+        if tag in (TENSOR, TENSORS):
+            yield from (sizes[tid] if tid >= 0 else -1 for tid in payload)
         else:
-            width = code_width(code, place)
-            yield from code[place + 1 : place + width]
-            place += width
-
-
-def code_width(code: Sequence[int], place: int) -> int:
-    """How many integers the argument at ``place`` takes, its tag included."""
-    return _WIDTHS.get(code[place]) or 2 + code[place + 1]
-
-
-_WIDTHS = {NONE: 1, TENSOR: 2, INT: 2, FLOAT: 2, BOOL: 2, OTHER: 1}
+            yield from payload

@@ -169,7 +169,7 @@ class SizeMode(TorchFunctionMode):
 
     Attributes:
         equations: (tensor id, dim, tree, function name, scope index) in the order met, without duplicates.
-        value_used: (tree, scope index), in the order met, without duplicates.
+        value_used: (tree, scope index, tensor id of what it went into or -1), in the order met, without duplicates.
         overrides: functions run differently during a trace (``torch.tensor`` on meta, fused attention): function ->
             replacement called as ``replacement(func, args, kwargs)``.
     """
@@ -183,9 +183,10 @@ class SizeMode(TorchFunctionMode):
         self.overrides: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}
         self._shapes: dict[int, torch.Size] = {}
 
-    def spent(self, tree: Tree) -> None:
-        """Note that the value of ``tree`` entered arithmetic as a number."""
-        self.value_used[tree, self.scope()] = None
+    def spent(self, tree: Tree, into: Any = None) -> None:
+        """Note that the value of ``tree`` entered arithmetic as a number, giving the tensor ``into`` if known."""
+        target = self.tensor_id(into) if isinstance(into, torch.Tensor) else -1
+        self.value_used[tree, self.scope(), target] = None
 
     def attribute(self, value: int, module: str, name: str) -> PInt:
         """An integer that came from an attribute of a module."""
@@ -221,7 +222,7 @@ class SizeMode(TorchFunctionMode):
             return out if answer is None else answer
         for value in (*args, *kwargs.values()) if kwargs else args:
             if type(value) is PInt:
-                self.spent(value.tree)
+                self.spent(value.tree, out)
         return out
 
 
@@ -481,6 +482,17 @@ def _slice_size(whole: Any, start: Any, stop: Any) -> Any:
     begin = 0 if start is None else start if start >= 0 else whole + start
     end = whole if stop is None or int(stop) > int(whole) else stop if stop >= 0 else whole + stop
     return end - begin
+
+
+@_handles("tensor", "as_tensor", "new_tensor")
+def _data(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+    stack = [*args, kwargs.get("data")]
+    while stack:
+        value = stack.pop()
+        if type(value) is PInt:
+            mode.spent(value.tree, out)
+        elif type(value) in (tuple, list, torch.Size):
+            stack.extend(value)
 
 
 # Functions whose integer arguments name dimensions or leave sizes alone: nothing to note.

@@ -459,17 +459,15 @@ def read_schema(func: Any) -> Operator:
         for argument in schema.arguments
     )
     sets = [argument.alias_info for argument in schema.arguments]
+    # A list of views ("Tensor(a -> *) self" to "Tensor(a)[]") comes with empty sets: it aliases the first that may be.
     views = tuple(
-        next(
-            (
-                place
-                for place, info in enumerate(sets)
-                if info and info.before_set & ret.alias_info.before_set
-            ),
-            -1,
+        -1
+        if ret.alias_info is None
+        else next(
+            place
+            for place, info in enumerate(sets)
+            if info and (not ret.alias_info.before_set or info.before_set & ret.alias_info.before_set)
         )
-        if ret.alias_info
-        else -1
         for ret in schema.returns
     )
     mutated = tuple(place for place, info in enumerate(sets) if info is not None and info.is_write)

@@ -20,7 +20,7 @@ from llmprune.compact import gather, set_attributes
 from llmprune.errors import LlmpruneError, TraceError
 from llmprune.provenance import SizeMode
 from llmprune.recorder import SHADOW_LIMIT, DataDependentError, Recorder
-from llmprune.tape import TENSOR, Tape
+from llmprune.tape import TENSOR, TENSORS, Tape, arguments
 
 _META = torch.device("meta")
 
@@ -314,8 +314,15 @@ class Recording:
                     if tensors[tid][0][dim] == size:
                         tree = ["attr", scopes[scope], attribute, size]
                         self.tape.equations.append([tid, dim, tree, f"convolution in {scopes[scope]}"])
-        for tree, scope in self.sizes.value_used:
-            self.tape.value_used.append([_listed(tree), f"in {scopes[scope] or 'the root'}"])
+        if self.sizes.value_used:
+            live = _live_storages(self.tape)
+            used = self.sizes.value_used
+            kept = dict.fromkeys(
+                (tree, scope) for tree, scope, tid in used if tid < 0 or tensors[tid][2] in live
+            )
+            self.tape.value_used = [
+                [_listed(tree), f"in {scopes[scope] or 'the root'}"] for tree, scope in kept
+            ]
 
 
 def _named(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
@@ -324,6 +331,18 @@ def _named(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str])
 
 def _listed(tree: Any) -> Any:
     return [_listed(part) for part in tree] if isinstance(tree, tuple) else tree
+
+
+def _live_storages(tape: Tape) -> set[int]:
+    """Storages that the outputs depend on."""
+    tensors = tape.tensors
+    live = {tensors[tid][2] for tid in tape.outputs}
+    for _, _, code, outputs, _ in reversed(tape.ops):
+        if any(tid >= 0 and tensors[tid][2] in live for tid in outputs):
+            for tag, payload in arguments(code):
+                if tag in (TENSOR, TENSORS):
+                    live.update(tensors[tid][2] for tid in payload if tid >= 0)
+    return live
 
 
 def _constant_tree(tree: Any, tensors: list[list[Any]]) -> bool:

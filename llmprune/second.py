@@ -1,8 +1,8 @@
 """Equations from a second recording: another form of attention, or only one block of each kind.
 
-A second tape numbers its own tensors and knows its own axes. What joins it to the first is the parameters: an axis of the
-second graph is the axis of the first that has the same positions in the same dimension of the same parameter. A block
-that was left out of the second tape is like a block that was kept, with another prefix to its names.
+A second tape numbers its own tensors and knows its own axes. What joins it to the first is the parameters: an axis of
+the second graph is the axis of the first that has the same positions in the same dimension of the same parameter. A
+block that was left out of the second tape is like a block that was kept, with another prefix to its names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class SecondForm:
     """The size equations of a second graph, spoken of in the axes of the first.
 
-    Tensors are numbered ``copy * tensors + id``: copy 0 is the second tape itself, the others are its blocks standing in
-    for blocks that were left out.
+    Tensors are numbered ``copy * tensors + id``: copy 0 is the second tape itself, the others are its blocks standing
+    in for blocks that were left out.
 
     Args:
         primary: the model's graph.
@@ -42,11 +42,11 @@ class SecondForm:
 
     @cached_property
     def equations(self) -> list[list[Any]]:
-        """``[tensor, dim, tree, where]`` of the second tape, and once more for every block that one of its stands for."""
+        """``[tensor, dim, tree, where]`` of the second tape, repeated for every block that was left out."""
         out: list[list[Any]] = []
         for copy, (kept, other) in enumerate(self._copies):
             for tensor, dim, tree, where in self.secondary.tape.equations:
-                if copy == 0 or any(path.startswith(kept) for path in _modules(tree)):
+                if copy == 0 or any(f"{path}.".startswith(kept) for path in _modules(tree)):
                     moved = _moved(tree, copy * self._count, kept, other)
                     out.append(
                         [
@@ -95,9 +95,7 @@ class SecondForm:
 
     def _find(self, axis: int, kept: str, other: str) -> int | None:
         for member in self.secondary.axes[axis].members:
-            name = member.parameter
-            if kept and name.startswith(kept):
-                name = other + name[len(kept) :]
+            name = _renamed(member.parameter, kept, other)
             tensor = self._tensor_ids.get(name)
             if tensor is None:
                 continue
@@ -126,6 +124,10 @@ def _moved(tree: Any, offset: int, kept: str, other: str) -> Any:
     if head == "shape":
         return [head, rest[0] + offset, rest[1]]
     if head == "attr":
-        path = other + rest[0][len(kept) :] if kept and rest[0].startswith(kept) else rest[0]
-        return [head, path, *rest[1:]]
+        return [head, _renamed(rest[0], kept, other), *rest[1:]]
     return [head, *(_moved(part, offset, kept, other) for part in rest)]
+
+
+def _renamed(path: str, kept: str, other: str) -> str:
+    """A path inside the block ``kept`` (with its dot), as a path inside the block ``other``."""
+    return (other + f"{path}."[len(kept) :])[:-1] if kept and f"{path}.".startswith(kept) else path
