@@ -12,7 +12,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -206,6 +206,8 @@ class Recorder(TorchDispatchMode):
         operator = self.operator(func)
         if operator.name == "aten::lift_fresh":  # a constant comes in as it is; adopted where it is used
             return func(*args, **kwargs)
+        if operator.name == "aten::as_strided_" and _same_layout(*args, **kwargs):
+            return func(*args, **kwargs)
         self.last = operator.name
         code, tids, tensors = self._encode(operator, args, kwargs)
         shadows: list[torch.Tensor | None] | None = None
@@ -279,6 +281,10 @@ class Recorder(TorchDispatchMode):
         self, operator: Operator, code: list[int], args: Sequence[Any], kwargs: dict[str, Any], out: Any
     ) -> list[int]:
         """Put an executed operation on the tape; the ids of its results."""
+        if operator.name == "aten::index":
+            piece = self._constant_slice(args)
+            if piece is not None:
+                operator, code = piece
         outputs: list[int] = []
         if isinstance(out, torch.Tensor):
             outputs.append(self._result(out, operator, 0, 0, args, kwargs))
@@ -320,6 +326,28 @@ class Recorder(TorchDispatchMode):
         if isinstance(base, (list, tuple)):
             base = base[nth]
         return self._number(tensor, self.tape.tensors[self._ids[id(base)]][2], "value", "")
+
+    def _constant_slice(self, args: Sequence[Any]) -> tuple[Operator, list[int]] | None:
+        """``x[:, [4, 5]]`` with numbers written in the code is the slice ``x[:, 4:6]``; None for other indexing."""
+        given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
+        if len(given) != 1:
+            return None
+        dim, index = given[0]
+        tid = self._ids[id(index)]
+        if index.dim() != 1 or index.dtype != torch.int64 or self.tape.tensors[tid][3] != "constant":
+            return None
+        values = self._shadows.get(tid, index)
+        if values.is_meta or values.numel() == 0:
+            return None
+        with self.paused():
+            places = [place % args[0].shape[dim] for place in values.tolist()]
+        if places != list(range(places[0], places[0] + len(places))):
+            return None
+        operator = self.operator(torch.ops.aten.slice.Tensor)
+        code = [TENSOR, self._ids[id(args[0])]]
+        for value in (dim, places[0], places[-1] + 1, 1):
+            code += encode_plain(value)
+        return replace(operator, views=(-1,)), code
 
     def _save_original(self, operator: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Before a write into a parameter's or buffer's storage: keep what it held."""
@@ -494,6 +522,15 @@ def encode_plain(value: Any) -> Sequence[int]:
         if all(item is None for item in value):
             return (TENSORS, len(value), *(-1 for _ in value))
     return (OTHER,)
+
+
+def _same_layout(tensor: torch.Tensor, size: Any, stride: Any, storage_offset: Any = None) -> bool:
+    """Whether as_strided_ with these arguments leaves every element where it is."""
+    return (
+        list(tensor.size()) == list(size)
+        and storage_offset in (None, tensor.storage_offset())
+        and all(n == 1 or a == b for n, a, b in zip(size, tensor.stride(), stride, strict=True))
+    )
 
 
 def _each(value: Any) -> Sequence[Any]:

@@ -167,6 +167,7 @@ class Recording:
         if not setup.kept:  # a trial of cut tensors is to meet every check the real function makes
             overrides[F.scaled_dot_product_attention] = self._attention
         overrides[torch.Tensor.tolist] = overrides[torch.Tensor.numpy] = self._values
+        overrides[torch.Tensor.__getitem__] = self._index
         overrides[torch.Tensor.__repr__] = overrides[torch.Tensor.__format__] = self._unrecorded
 
     def _forward(self) -> None:
@@ -238,6 +239,18 @@ class Recording:
         with self.recorder.paused():
             value = func(*args, **{key: self._known(value) for key, value in kwargs.items()}, device="cpu")
         return self.recorder.constant(value, device)
+
+    def _index(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``x[:, [4, 5]]``: the numbers stay known."""
+        tensor, index = args
+        items = index if type(index) is tuple else (index,)
+        if any(type(item) is list and all(isinstance(n, int) for n in item) for item in items):
+            made = tuple(
+                self._constant(torch.tensor, (item,), {"device": tensor.device}) if type(item) is list else item
+                for item in items
+            )
+            return func(tensor, made if type(index) is tuple else made[0])
+        return func(tensor, index)
 
     def _known(self, value: Any) -> Any:
         """Nested data with the meta tensors in it replaced by their values."""
