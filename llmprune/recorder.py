@@ -38,6 +38,7 @@ SHADOW_LIMIT = 1 << 20
 
 _META = torch.device("meta")
 _CPU = torch.device("cpu")
+_TO_THE_END = (1 << 63) - 1  # what ATen has for an open slice
 _PURGE_EVERY = 64  # operations between two sweeps for dead tensors (real device only)
 
 
@@ -340,12 +341,14 @@ class Recorder(TorchDispatchMode):
         if values.is_meta or values.numel() == 0:
             return None
         with self.paused():
-            places = [place % args[0].shape[dim] for place in values.tolist()]
-        if places != list(range(places[0], places[0] + len(places))):
+            places = values.tolist()
+        first, last = places[0], places[-1]
+        if places != list(range(first, last + 1)) or first < 0 <= last:
             return None
+        stop = _TO_THE_END if last == -1 else last + 1  # counted from the end where the code did
         operator = self.operator(torch.ops.aten.slice.Tensor)
         code = [TENSOR, self._ids[id(args[0])]]
-        for value in (dim, places[0], places[-1] + 1, 1):
+        for value in (dim, first, stop, 1):
             code += encode_plain(value)
         return replace(operator, views=(-1,)), code
 

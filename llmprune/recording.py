@@ -246,7 +246,9 @@ class Recording:
         items = index if type(index) is tuple else (index,)
         if any(type(item) is list and all(isinstance(n, int) for n in item) for item in items):
             made = tuple(
-                self._constant(torch.tensor, (item,), {"device": tensor.device}) if type(item) is list else item
+                self._constant(torch.tensor, (item,), {"device": tensor.device})
+                if type(item) is list
+                else item
                 for item in items
             )
             return func(tensor, made if type(index) is tuple else made[0])

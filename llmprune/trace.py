@@ -132,7 +132,6 @@ def record_second_form(model: nn.Module, inputs: dict[str, Any], tape: Tape, exc
     second = record_excerpt(model, inputs, setup, excerpt)
     if second is None or _attributes(second) <= _attributes(tape):
         return None
-    second.equations = [equation for equation in second.equations if list(_leaves(equation[2], "attr"))]
     return second
 
 
