@@ -180,7 +180,9 @@ class Graph:
 
             self.second = SecondForm(
                 self,
-                Graph(tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters, complete=False),
+                Graph(
+                    tape.second, fingerprint=fingerprint, tied=tied, shapes=self.parameters, complete=False
+                ),
             )
 
     @classmethod

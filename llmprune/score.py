@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from llmprune.calibration import LENGTH, SAMPLES, Batch, load_calibration
-from llmprune.errors import InputError
+from llmprune.errors import InputError, PlanError
 from llmprune.importance import Importance, lookup
 from llmprune.loss import SampleLosses, UserLoss, config_value
 from llmprune.reduction import Reducer, Sums
@@ -51,6 +51,8 @@ class Scores(Mapping[int, np.ndarray]):
         calibration_hash: sha256 of the calibration samples; None where none were used.
         fingerprint: Of the graph they belong to.
         kinds: Axis id -> kind of axis.
+        nested: Axis id -> float64 (outer axis' size, axis size), for query heads: the score of each one in each
+            key-value head, which can then lose a choice of its own.
     """
 
     def __init__(
@@ -63,8 +65,12 @@ class Scores(Mapping[int, np.ndarray]):
         calibration_hash: str | None,
         fingerprint: str,
         kinds: Mapping[int, str],
+        nested: Mapping[int, np.ndarray] | None = None,
     ):
         self._values = {int(axis): np.asarray(array, dtype=np.float64) for axis, array in values.items()}
+        self.nested = {
+            int(axis): np.asarray(array, dtype=np.float64) for axis, array in (nested or {}).items()
+        }
         self.importance, self.aggregation, self.seed = importance, aggregation, seed
         self.calibration_hash, self.fingerprint, self.kinds = calibration_hash, fingerprint, dict(kinds)
 
@@ -111,7 +117,9 @@ class Scores(Mapping[int, np.ndarray]):
         }
 
     @classmethod
-    def _made(cls, header: Mapping[str, Any], values: Mapping[int, np.ndarray]) -> Scores:
+    def _made(
+        cls, header: Mapping[str, Any], values: Mapping[int, np.ndarray], nested: Mapping[int, np.ndarray]
+    ) -> Scores:
         if header.get("format") != _FORMAT:
             raise InputError(
                 f"these are no scores of format {_FORMAT!r}: their format is {header.get('format')!r}"
@@ -124,11 +132,14 @@ class Scores(Mapping[int, np.ndarray]):
             calibration_hash=header["calibration_hash"],
             fingerprint=header["fingerprint"],
             kinds={int(axis): kind for axis, kind in header["kinds"].items()},
+            nested=nested,
         )
 
     def to_json(self) -> str:
         """JSON text that :meth:`from_json` reads back, bit for bit."""
-        return json.dumps({**self._header(), "values": {str(axis): self[axis].tolist() for axis in self}})
+        values = {str(axis): self[axis].tolist() for axis in self}
+        nested = {str(axis): table.tolist() for axis, table in self.nested.items()}
+        return json.dumps({**self._header(), "values": values, "nested": nested})
 
     @classmethod
     def from_json(cls, text: str) -> Scores:
@@ -139,9 +150,11 @@ class Scores(Mapping[int, np.ndarray]):
         """
         try:
             data = json.loads(text)
-            return cls._made(
-                data, {int(axis): np.array(v, dtype=np.float64) for axis, v in data["values"].items()}
+            values, nested = (
+                {int(axis): np.array(v, dtype=np.float64) for axis, v in data[part].items()}
+                for part in ("values", "nested")
             )
+            return cls._made(data, values, nested)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is not the JSON of scores: {error}") from error
 
@@ -157,6 +170,7 @@ class Scores(Mapping[int, np.ndarray]):
         elif path.suffix == ".npz":
             header = np.array(json.dumps(self._header()))
             arrays = {f"axis_{axis}": self[axis] for axis in self}
+            arrays |= {f"nested_{axis}": table for axis, table in self.nested.items()}
             with path.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, header=header, **arrays)
         else:
@@ -178,9 +192,10 @@ class Scores(Mapping[int, np.ndarray]):
             with np.load(path, allow_pickle=False) as data:
                 header = json.loads(str(data["header"]))
                 values = {int(name[5:]): data[name] for name in data.files if name.startswith("axis_")}
+                nested = {int(name[7:]): data[name] for name in data.files if name.startswith("nested_")}
         except (KeyError, ValueError, OSError) as error:
             raise InputError(f"{str(path)!r} holds no scores: {error}") from error
-        return cls._made(header, values)
+        return cls._made(header, values, nested)
 
 
 def score(
@@ -239,7 +254,12 @@ def score(
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
     digest = None
+    outer = {axis.id: around for axis in axes if (around := _outer(graph, axis)) is not None}
     if rule.order < 0:
+        tables = {
+            axis: np.random.default_rng((seed, axis, 1)).random((around.size, graph.axes[axis].size))
+            for axis, around in outer.items()
+        }
         values = {axis.id: np.random.default_rng((seed, axis.id)).random(axis.size) for axis in axes}
     else:
         _check_weights(parameters)
@@ -251,7 +271,11 @@ def score(
                 digest = batch.hash
                 tick = partial(_tick, bar)
                 sums = _streamed(model, batch, loss, parameters, rule, tick, batch_size, checkpointing)
-        values = _grouped(axes, sums, rule, aggregation)
+        structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
+        values = _grouped(axes, structures, aggregation)
+        tables = {
+            axis: _nested(graph.axes[axis], around, structures, aggregation) for axis, around in outer.items()
+        }
     return Scores(
         values,
         importance=importance,
@@ -260,6 +284,7 @@ def score(
         calibration_hash=digest,
         fingerprint=graph.fingerprint,
         kinds={axis.id: axis.kind for axis in axes},
+        nested=tables,
     )
 
 
@@ -361,9 +386,12 @@ def _streamed(
         )
 
 
-def _grouped(axes: Sequence[Axis], sums: Sums, rule: Importance, aggregation: str) -> dict[int, np.ndarray]:
+Structures = Mapping[str, Sequence[np.ndarray]]
+"""Parameter -> per dimension the importance of each of its positions."""
+
+
+def _grouped(axes: Sequence[Axis], structures: Structures, aggregation: str) -> dict[int, np.ndarray]:
     """Members' structures to axes' scores."""
-    structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
     scores = {}
     for axis in axes:
         rows = [
@@ -375,3 +403,32 @@ def _grouped(axes: Sequence[Axis], sums: Sums, rule: Importance, aggregation: st
         ]
         scores[axis.id] = AGGREGATIONS[aggregation](np.stack(rows)) if rows else np.zeros(axis.size)
     return scores
+
+
+def _outer(graph: Graph, axis: Axis) -> Axis | None:
+    """The key-value heads around an axis of query heads; None where it lies in no such axis, or is of another kind."""
+    if axis.kind != "query":
+        return None
+    try:
+        return graph.axes[graph.outer(axis.id)]
+    except PlanError:  # not nested: it is scored and pruned alike everywhere
+        return None
+
+
+def _nested(axis: Axis, outer: Axis, structures: Structures, aggregation: str) -> np.ndarray:
+    """Scores of an axis apart for each index of the axis around it: (outer size, axis size)."""
+    tables = []
+    for member in axis.members:
+        if member.parameter not in structures:
+            continue
+        structure = structures[member.parameter][member.dim]
+        owner = np.zeros(len(structure), dtype=np.int64)
+        for around in outer.members:
+            if (around.parameter, around.dim) == (member.parameter, member.dim):
+                owner[around.positions] = np.arange(outer.size)[:, None]
+        table = np.zeros((outer.size, axis.size))
+        np.add.at(
+            table, (owner[member.positions], np.arange(axis.size)[:, None]), structure[member.positions]
+        )
+        tables.append(table)
+    return AGGREGATIONS[aggregation](np.stack(tables)) if tables else np.zeros((outer.size, axis.size))

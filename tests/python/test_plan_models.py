@@ -145,6 +145,26 @@ def test_query_heads_of_their_own_in_every_key_value_head() -> None:
     assert Plan.from_json(plan.to_json()) == plan != flat
 
 
+def test_query_heads_are_scored_in_their_own_key_value_head(tmp_path: Any) -> None:
+    model = llama(num_attention_heads=12)
+    graph = llmprune.trace(model)
+    axis = of_kind(graph, "query")[1]
+    scores = llmprune.score(model, graph, importance="l1", aggregation="sum")
+    attention = model.model.layers[1].self_attn
+    heads = attention.q_proj.weight.detach().abs().sum(1).view(3, 4, 8).sum(2)
+    heads = heads + attention.o_proj.weight.detach().abs().sum(0).view(3, 4, 8).sum(2)
+    np.testing.assert_allclose(scores.nested[axis.id], heads.numpy(), rtol=1e-9)
+    np.testing.assert_allclose(scores.nested[axis.id].sum(0), scores[axis.id], rtol=1e-9)
+    scores.save(tmp_path / "scores.npz")
+    read = llmprune.Scores.load(tmp_path / "scores.npz")
+    again = llmprune.Scores.from_json(read.to_json())
+    np.testing.assert_array_equal(again.nested[axis.id], scores.nested[axis.id])
+    plan = llmprune.plan(graph, again, {"query": 0.5}, protect_first=0, protect_last=0)
+    lowest = np.sort(np.argsort(heads.numpy(), axis=1)[:, :2], axis=1)
+    np.testing.assert_array_equal(plan.removed[axis.id], lowest)
+    carried_out(model, plan)
+
+
 def test_json_holds_everything(tmp_path: Any) -> None:
     model = llama()
     graph = llmprune.trace(model)
