@@ -106,8 +106,7 @@ typedef struct {
     /* In place: keep kept[d] of every dimension d of the contiguous tensor `data` (shape (ndim), elements of `width`
      * bytes: 1, 2, 4 or 8).  Afterwards the first prod(count_d) elements hold the smaller tensor, row-major; what lies
      * behind them is unspecified.  ndim 1..LP_MAX_DIMS.
-     * Scratch: 10 bytes per position of one dimension, and 256 KiB plus one smallest row for each thread but the
-     * first; never anything of the tensor's size unless the tensor is a single row. */
+     * Scratch: 10 bytes per position of one dimension and 4 KiB, and at most 1.25 MiB a thread when there are several. */
     lp_status (*compact)(void *data, size_t width, const size_t *shape, size_t ndim, const lp_kept *kept,
                          const lp_exec *exec, lp_error *err);
 

@@ -256,6 +256,7 @@ int main(int argc, char **argv)
             check_dot(tables[t], 1, 1, (lp_dtype)dtype);
             check_dot(tables[t], 9, 7, (lp_dtype)dtype);
             check_dot(tables[t], 33, 256, (lp_dtype)dtype);
+            check_dot(tables[t], 3, 2500, (lp_dtype)dtype);
             check_dot(tables[t], 5, 700, (lp_dtype)dtype);
             for (size_t n = 1; n < 600; n += 85) {
                 check_square(tables[t], n, LP_F32, (lp_dtype)dtype);

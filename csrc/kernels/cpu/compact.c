@@ -17,7 +17,6 @@ enum {
     COPY_UNIT =
         512, /* an inner unit of this many bytes is copied as a whole, element by element of the cut */
     COPY_SPLIT = 256 * 1024, /* larger units are split so that threads can share them */
-    RUN_BYTES = 192,         /* from this mean run length on, copying runs beats packing by masks */
     ROW_ELEMENTS = 256, /* shorter rows are joined with their neighbours where the outer dimension is whole */
     CHUNK_BYTES = 256 * 1024, /* destination bytes of a thread's chunk */
     ROW_BYTES_MAX = 1 << 20,  /* rows above this are left to one thread */
@@ -41,6 +40,7 @@ typedef struct {
     size_t tuples;          /* product of their counts */
     size_t row_in, row_out; /* bytes of the inner row before and after */
     lp_pack_row pack;       /* NULL: runs */
+    void (*copy)(unsigned char *target, const unsigned char *source, size_t bytes);
     lp_selection selection;
     const run *runs;
     size_t run_count;
@@ -110,7 +110,7 @@ static void walk(const plan *p, size_t first, size_t end, unsigned char *to, con
         }
         for (size_t r = 0; r < p->run_count; r++) {
             if (to != from + p->runs[r].first)
-                memmove(to, from + p->runs[r].first, p->runs[r].length);
+                p->copy(to, from + p->runs[r].first, p->runs[r].length);
             to += p->runs[r].length;
         }
     }
@@ -313,7 +313,7 @@ static lp_status make_plan(plan *p, const lp_pack *pack, size_t width, const siz
         runs = count_runs(&last);
         p->row_in = last.size * unit;
         p->row_out = last.count * unit;
-        if (unit > 8 || (unit & (unit - 1)) != 0 || p->row_out / runs >= RUN_BYTES) {
+        if (unit > 8 || (unit & (unit - 1)) != 0 || p->row_out / runs >= pack->run_bytes) {
             status = make_runs(p, &last, unit, runs, allocator, err);
         } else {
             dimension *above = p->ndim > 0 ? &p->dim[p->ndim - 1] : NULL;
@@ -374,7 +374,7 @@ static lp_status compact(const lp_pack *pack, void *target, const void *source, 
                          const size_t *shape, size_t ndim, const lp_kept *kept, const lp_exec *exec,
                          lp_error *err)
 {
-    plan p = {.target = target, .source = source, .in_place = in_place};
+    plan p = {.copy = pack->copy, .target = target, .source = source, .in_place = in_place};
     bool whole;
     lp_status status = make_plan(&p, pack, width, shape, ndim, kept, &exec->allocator, &whole, err);
 

@@ -27,15 +27,14 @@ static inline float lp_float_from_bf16(uint16_t bits)
 static inline float lp_float_from_f16(uint16_t bits)
 {
     /* Moving exponent and mantissa into a float's place leaves a value 2^-112 times the right one, subnormals
-     * included; scaling by 2^112 is exact.  Infinities and NaNs need the float's own top exponent instead. */
+     * included; scaling by 2^112 is exact.  Infinities and NaNs need the float's own top exponent instead.  Both are
+     * computed and one is chosen by a mask, so that loops over this vectorise. */
     uint32_t sign = (uint32_t)(bits & 0x8000u) << 16, rest = (uint32_t)(bits & 0x7fffu) << 13;
     float magnitude = lp_float_from_bits(rest) * 0x1p112f;
-    uint32_t result;
+    uint32_t special = 0u - (uint32_t)(rest >= 0x0f800000u), finite;
 
-    if (rest >= 0x0f800000u)
-        return lp_float_from_bits(sign | 0x7f800000u | (rest & 0x007fffffu));
-    memcpy(&result, &magnitude, sizeof result);
-    return lp_float_from_bits(sign | result);
+    memcpy(&finite, &magnitude, sizeof finite);
+    return lp_float_from_bits(sign | (finite & ~special) | ((0x7f800000u | rest) & special));
 }
 
 #endif

@@ -34,6 +34,7 @@ typedef struct {
     size_t x_stride, dy_stride;
     size_t sample_tokens; /* order 1 is one sample of all tokens */
     size_t sample_count;
+    size_t width; /* bytes of an element */
     unsigned flags;
 
     size_t block_out;    /* output features of a block, a multiple of the tile's rows */
@@ -71,44 +72,72 @@ static size_t piece_begin(size_t total, size_t pieces, size_t index)
     return total / pieces * index + at_most(index, total % pieces);
 }
 
-/* Pass `pass` of one block of output features through the states of a group of panels. */
+/* The tokens of one pass. */
+typedef struct {
+    size_t first, tokens;
+    size_t samples, each; /* each * samples == tokens */
+    unsigned flags;
+} span;
+
+static span span_of(const job *j, size_t pass)
+{
+    size_t total = j->sample_tokens * j->sample_count, parts, part;
+    span s = {.flags = j->flags};
+
+    if (j->block_tokens >= j->sample_tokens) {
+        s.first = pass * j->block_tokens;
+        s.tokens = at_most(j->block_tokens, total - s.first);
+        s.each = j->sample_tokens;
+        s.samples = s.tokens / s.each;
+        return s;
+    }
+    /* Passes do not cross samples. */
+    parts = ceil_div(j->sample_tokens, j->block_tokens);
+    part = pass % parts;
+    s.first = part * j->block_tokens;
+    s.each = s.tokens = at_most(j->block_tokens, j->sample_tokens - s.first);
+    s.first += pass / parts * j->sample_tokens;
+    s.samples = 1;
+    if (part > 0)
+        s.flags |= LP_TILE_CARRY_IN;
+    if (part + 1 < parts)
+        s.flags |= LP_TILE_CARRY_OUT;
+    return s;
+}
+
+static const unsigned char *x_at(const job *j, size_t token, size_t panel)
+{
+    return (const unsigned char *)j->x + (token * j->x_stride + panel * j->tile->columns) * j->width;
+}
+
+/* Pass `pass` of one block of output features through the states of the panels [panel_first, panel_end). */
 static void run_pass(const job *j, size_t pass, size_t out_first, size_t out_count, size_t panel_first,
                      size_t panel_end, bool pack_dy, unsigned char *x, unsigned char *dy,
                      unsigned char *states)
 {
     const lp_tile *tile = j->tile;
-    size_t width = lp_dtype_width(j->linear->dtype), total = j->sample_tokens * j->sample_count;
-    size_t first = pass * j->block_tokens, tokens, samples, each;
-    size_t tiles = ceil_div(out_count, tile->rows);
-    unsigned flags = j->flags;
-
-    if (j->block_tokens >= j->sample_tokens) {
-        tokens = at_most(j->block_tokens, total - first);
-        each = j->sample_tokens;
-        samples = tokens / each;
-    } else {
-        /* Passes do not cross samples: ceil(T / block) passes for each. */
-        size_t per_sample = ceil_div(j->sample_tokens, j->block_tokens), part = pass % per_sample;
-
-        first = part * j->block_tokens;
-        tokens = at_most(j->block_tokens, j->sample_tokens - first);
-        first += pass / per_sample * j->sample_tokens;
-        each = tokens;
-        samples = 1;
-        flags |= (part > 0 ? (unsigned)LP_TILE_CARRY_IN : 0u) |
-                 (part + 1 < per_sample ? (unsigned)LP_TILE_CARRY_OUT : 0u);
-    }
+    size_t tiles = ceil_div(out_count, tile->rows), step = j->x_stride * j->width;
+    span s = span_of(j, pass);
 
     if (pack_dy)
-        tile->pack_dy(dy, (const char *)j->dy + (first * j->dy_stride + out_first) * width, j->linear->dtype,
-                      j->dy_stride, tokens, out_count);
+        tile->pack_dy(dy, (const unsigned char *)j->dy + (s.first * j->dy_stride + out_first) * j->width,
+                      j->linear->dtype, j->dy_stride, s.tokens, out_count);
     for (size_t p = panel_first; p < panel_end; p++) {
-        size_t in_first = p * tile->columns;
+        size_t count = at_most(tile->columns, j->in - p * tile->columns), line = 0;
+        const unsigned char *next = NULL;
 
-        tile->pack_x(x, (const char *)j->x + (first * j->x_stride + in_first) * width, j->linear->dtype,
-                     j->x_stride, tokens, at_most(tile->columns, j->in - in_first));
-        for (size_t k = 0; k < tiles; k++, states += j->state_bytes)
-            tile->run(states, x, dy + k * tile->rows * tokens * tile->real, each, samples, flags);
+        tile->pack_x(x, x_at(j, s.first, p), j->linear->dtype, j->x_stride, s.tokens, count);
+        if (p + 1 < j->panels && (p + 1 < panel_end || j->passes == 1))
+            next = x_at(j, s.first, p + 1);
+        else if (pass + 1 < j->passes)
+            next = x_at(j, span_of(j, pass + 1).first, panel_first);
+        for (size_t k = 0; k < tiles; k++, line += 64, states += j->state_bytes) {
+            /* Each tile fetches one cache line of every token of the panel to come. */
+            bool fetch = next != NULL && line < tile->columns * j->width;
+
+            tile->run(states, x, dy + k * tile->rows * s.tokens * tile->real, s.each, s.samples, s.flags,
+                      fetch ? (uintptr_t)next + line : (uintptr_t)x, fetch ? step : 0);
+        }
     }
 }
 
@@ -117,7 +146,6 @@ static void run_block(const job *j, size_t block, size_t panel_first, size_t pan
                       double *columns, unsigned char *scratch)
 {
     const lp_tile *tile = j->tile;
-    size_t width = lp_dtype_width(j->linear->dtype);
     size_t out_first = block * j->block_out, out_count = at_most(j->block_out, j->out - out_first);
     size_t tiles = ceil_div(out_count, tile->rows);
     unsigned char *x = scratch, *dy = x + j->x_bytes, *states = dy + j->dy_bytes;
@@ -138,7 +166,7 @@ static void run_block(const job *j, size_t block, size_t panel_first, size_t pan
 
                 tile->reduce(state,
                              (const char *)j->linear->weight +
-                                 (o * j->linear->weight_stride + in_first) * width,
+                                 (o * j->linear->weight_stride + in_first) * j->width,
                              j->linear->dtype, j->linear->weight_stride, at_most(tile->rows, j->out - o),
                              in_count, j->linear->samples, j->flags, rows + o, columns + in_first);
             }
@@ -247,6 +275,7 @@ lp_status lp_linear_scores(const lp_tile *single, const lp_tile *twice, const lp
     }
     j.sample_tokens = linear->order == 1 ? linear->samples * linear->tokens : linear->tokens;
     j.sample_count = linear->order == 1 ? 1 : linear->samples;
+    j.width = lp_dtype_width(linear->dtype);
     j.flags = linear->order == 2 ? LP_TILE_SQUARE : 0;
     plan_blocks(&j);
 

@@ -21,9 +21,13 @@ typedef struct {
 typedef unsigned char *(*lp_pack_row)(unsigned char *target, const unsigned char *source,
                                       const lp_selection *selection, const unsigned char *limit);
 
-/* Indexed by log2 of the element's width: 1, 2, 4 and 8 bytes. */
 typedef struct {
-    lp_pack_row row[4];
+    lp_pack_row row[4]; /* by log2 of the element's width: 1, 2, 4 and 8 bytes */
+
+    /* memmove towards lower addresses (target <= source) or between separate memory. */
+    void (*copy)(unsigned char *target, const unsigned char *source, size_t bytes);
+
+    size_t run_bytes; /* mean length of a row's kept runs from which on copying them beats packing the row */
 } lp_pack;
 
 extern const lp_pack lp_pack_plain, lp_pack_avx2, lp_pack_vbmi2, lp_pack_neon;

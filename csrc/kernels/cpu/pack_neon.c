@@ -110,7 +110,12 @@ static unsigned char *pack_8(unsigned char *target, const unsigned char *source,
     return pack_tail(target, source, s, 8);
 }
 
-const lp_pack lp_pack_neon = {.row = {pack_1, pack_2, pack_4, pack_8}};
+static void copy(unsigned char *target, const unsigned char *source, size_t bytes)
+{
+    memmove(target, source, bytes);
+}
+
+const lp_pack lp_pack_neon = {.row = {pack_1, pack_2, pack_4, pack_8}, .copy = copy, .run_bytes = 256};
 
 #else
 typedef int lp_pack_neon_unused; /* ISO C forbids an empty file */

@@ -22,4 +22,9 @@ PACK(2)
 PACK(4)
 PACK(8)
 
-const lp_pack lp_pack_plain = {.row = {pack_1, pack_2, pack_4, pack_8}};
+static void copy(unsigned char *target, const unsigned char *source, size_t bytes)
+{
+    memmove(target, source, bytes);
+}
+
+const lp_pack lp_pack_plain = {.row = {pack_1, pack_2, pack_4, pack_8}, .copy = copy, .run_bytes = 64};

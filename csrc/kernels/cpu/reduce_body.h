@@ -3,7 +3,7 @@
  *
  * Values are widened to double in blocks that stay in L1, so every combination of dtypes takes one path. */
 
-enum { REDUCE_NAME(BLOCK) = 256, REDUCE_NAME(LANES) = 8 };
+enum { REDUCE_NAME(BLOCK) = 256, REDUCE_NAME(STRIP) = 2048, REDUCE_NAME(LANES) = 8 };
 
 static void REDUCE_NAME(widen)(double *restrict target, const void *source, lp_dtype dtype, size_t first,
                                size_t count)
@@ -33,20 +33,26 @@ static void REDUCE_NAME(widen)(double *restrict target, const void *source, lp_d
 static void REDUCE_NAME(dot_columns)(const void *a, const void *b, lp_dtype dtype, size_t rows,
                                      size_t columns, double *out)
 {
-    double x[REDUCE_NAME(BLOCK)], y[REDUCE_NAME(BLOCK)], sum[REDUCE_NAME(BLOCK)];
+    double x[REDUCE_NAME(BLOCK)], y[REDUCE_NAME(BLOCK)], sum[REDUCE_NAME(STRIP)];
 
-    for (size_t c = 0; c < columns; c += REDUCE_NAME(BLOCK)) {
-        size_t count = columns - c < REDUCE_NAME(BLOCK) ? columns - c : REDUCE_NAME(BLOCK);
+    /* Strips are wide, so that memory is read in long pieces, and narrow enough for their sums to stay in L1. */
+    for (size_t first = 0; first < columns; first += REDUCE_NAME(STRIP)) {
+        size_t width = columns - first < REDUCE_NAME(STRIP) ? columns - first : REDUCE_NAME(STRIP);
 
         memset(sum, 0, sizeof sum);
         for (size_t t = 0; t < rows; t++) {
-            REDUCE_NAME(widen)(x, a, dtype, t * columns + c, count);
-            REDUCE_NAME(widen)(y, b, dtype, t * columns + c, count);
-            for (size_t i = 0; i < count; i++)
-                sum[i] += x[i] * y[i];
+            for (size_t c = 0; c < width; c += REDUCE_NAME(BLOCK)) {
+                size_t count = width - c < REDUCE_NAME(BLOCK) ? width - c : REDUCE_NAME(BLOCK);
+                size_t at = t * columns + first + c;
+
+                REDUCE_NAME(widen)(x, a, dtype, at, count);
+                REDUCE_NAME(widen)(y, b, dtype, at, count);
+                for (size_t i = 0; i < count; i++)
+                    sum[c + i] += x[i] * y[i];
+            }
         }
-        for (size_t i = 0; i < count; i++)
-            out[c + i] += sum[i];
+        for (size_t i = 0; i < width; i++)
+            out[first + i] += sum[i];
     }
 }
 

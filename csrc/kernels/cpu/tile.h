@@ -26,8 +26,11 @@ typedef struct {
     void (*pack_dy)(void *target, const void *source, lp_dtype dtype, size_t stride, size_t tokens,
                     size_t columns);
 
-    /* `samples` samples of `tokens` tokens each pass through the tile.  With a carry flag samples is 1. */
-    void (*run)(void *state, const void *x, const void *dy, size_t tokens, size_t samples, unsigned flags);
+    /* `samples` samples of `tokens` tokens each pass through the tile.  With a carry flag samples is 1.  Meanwhile the
+     * cache line at `ahead` and those every `ahead_step` bytes after it, one for each token, are fetched into L2: x of
+     * the next panel, which would otherwise be waited for.  Any address will do; none is read. */
+    void (*run)(void *state, const void *x, const void *dy, size_t tokens, size_t samples, unsigned flags,
+                uintptr_t ahead, size_t ahead_step);
 
     /* Elementwise importance of the finished state against a (rows, columns) corner of the weight, where g and s are
      * means over `samples`; its sums are added to row (rows) and column (columns). */

@@ -78,7 +78,7 @@ static void TILE_NAME(pack_dy)(void *target, const void *source, lp_dtype dtype,
 }
 
 static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t tokens, size_t samples,
-                           unsigned flags)
+                           unsigned flags, uintptr_t ahead, size_t ahead_step)
 {
     TILE_REAL *carry = state, *g = carry + TILE_SIZE, *s = g + TILE_SIZE;
     const TILE_REAL *in = x, *out = dy;
@@ -103,6 +103,8 @@ static void TILE_NAME(run)(void *state, const void *x, const void *dy, size_t to
         for (size_t t = 0; t < tokens; t++, in += TILE_COLUMNS, out += TILE_ROWS) {
             TILE_V across[TILE_VECTORS];
 
+            __builtin_prefetch((const void *)ahead, 0, 2);
+            ahead += ahead_step;
             LP_UNROLL
             for (int v = 0; v < TILE_VECTORS; v++)
                 across[v] = V_LOAD(in + v * TILE_LANES);
