@@ -131,12 +131,14 @@ static void naive(const cut_case *k, const unsigned char *from, unsigned char *t
 static void check_case(const lp_backend *table, size_t c, size_t width, int threads)
 {
     cut_case k = make_case(c);
-    size_t bytes = k.total * width, left = k.left * width;
+    size_t bytes = k.total * width, left = k.left * width, longest = 0;
     unsigned char *source = need(bytes), *work = need(bytes), *want = need(left), *into = need(left);
     test_heap heap = {0};
     lp_exec exec = {.allocator = test_allocator(&heap), .threads = threads};
     lp_error err = {0};
 
+    for (size_t d = 0; d < k.ndim; d++)
+        longest = k.shape[d] > longest ? k.shape[d] : longest;
     for (size_t i = 0; i + 8 <= bytes; i += 8) {
         uint64_t value = random_below(UINT64_MAX);
 
@@ -156,6 +158,8 @@ static void check_case(const lp_backend *table, size_t c, size_t width, int thre
     CHECK(memcmp(work, want, left) == 0, "%s: compact, case %zu, width %zu, %d threads", table->name, c,
           width, threads);
     CHECK(heap.lent == 0, "%zu bytes of scratch not given back", heap.lent);
+    CHECK(heap.peak <= 10 * longest + 4096 + (size_t)threads * (threads > 1 ? 1310720 : 0),
+          "%zu bytes of scratch for dimensions of at most %zu", heap.peak, longest);
 
     /* Every allocation refused in turn: a status, no leak, and the tensor as it was. */
     for (size_t n = 1; bytes < 100000; n++) {
