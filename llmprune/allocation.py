@@ -18,6 +18,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -82,7 +83,7 @@ def protected(layer: Layer | None, known: Mapping[str, int], first: int | None, 
     return number < head or number >= depth - tail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """An axis that may give up indices.
 
@@ -103,10 +104,15 @@ class Candidate:
     multiple: int = 1
     nested: Array | None = None
 
+    @cached_property
+    def order(self) -> Indices:
+        """The indices by ascending score, ties by index."""
+        return rank(self.scores)
+
     def choose(self, count: int) -> Indices:
         """The ``count`` indices of the lowest scores, sorted; a row of them for each outer index if nested."""
         if self.nested is None:
-            return np.sort(rank(self.scores)[:count])
+            return np.sort(self.order[:count])
         return np.stack([np.sort(rank(row)[:count]) for row in self.nested])
 
     def removals(self) -> Indices:
@@ -162,7 +168,7 @@ class Budget:
     @staticmethod
     def _step_means(candidate: Candidate, removals: Indices) -> Array:
         """Mean score of the indices that go with each step."""
-        ordered = candidate.scores[rank(candidate.scores)]
+        ordered = candidate.scores[candidate.order]
         sums = np.concatenate([[0.0], np.cumsum(ordered)])[np.concatenate([[0], removals])]
         means = np.diff(sums) / np.diff(np.concatenate([[0], removals]))
         return np.maximum.accumulate(means) if len(means) else means
