@@ -70,8 +70,8 @@ class Axis:
     marks: tuple[str, ...]
     _graph: Graph = field(repr=False)
     _dims: tuple[tuple[int, int], ...] = field(repr=False)
-    starts: tuple[int, ...] = field(repr=False)
-    """First position of index 0 in each occurrence."""
+    starts: tuple[tuple[int, int], ...] = field(repr=False)
+    """First position of index 0 in each occurrence, and the distance from one index to the next."""
 
     @cached_property
     def occurrences(self) -> tuple[Member, ...]:
@@ -223,8 +223,8 @@ class Graph:
         for number, (size, kind, prunable, notes, members) in enumerate(self._core.axes()):
             reasons = [text + self._place(op) for text, op, is_mark in notes if not is_mark]
             marks = [text + self._place(op) for text, op, is_mark in notes if is_mark]
-            dims = tuple((tensor, dim) for tensor, dim, _ in members)
-            starts = tuple(start for _, _, start in members)
+            dims = tuple((tensor, dim) for tensor, dim, _, _ in members)
+            starts = tuple((start, stride) for _, _, start, stride in members)
             self.axes.append(
                 Axis(number, size, kind, prunable, tuple(reasons), tuple(marks), self, dims, starts)
             )

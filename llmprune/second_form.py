@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmprune.tape import leaves
 
 if TYPE_CHECKING:
-    from llmprune.graph import Axis, Graph
+    from llmprune.graph import Graph
 
 
 class SecondForm:
@@ -22,16 +22,19 @@ class SecondForm:
         self.graph = graph
         self._first = first
         self._length = len(graph.tape.tensors)
-        self._places: dict[tuple[str, int, int, int], list[tuple[int, int]]] = {}
+        self._places: dict[tuple[str, int, tuple[int, int], int], int] = {}
         for axis in first.axes:
-            for number, ((name, dim), start) in enumerate(zip(axis.places, axis.starts, strict=True)):
-                self._places.setdefault((name, dim, start, axis.size), []).append((axis.id, number))
-        self.equations: list[list[Any]] = [list(equation) for equation in graph.equations]
+            for (name, dim), start in zip(axis.places, axis.starts, strict=True):
+                self._places[name, dim, start, axis.size] = axis.id
+        told = [
+            equation for equation in graph.equations if any(leaf[0] == "attr" for leaf in leaves(equation[2]))
+        ]
+        self.equations: list[list[Any]] = [list(equation) for equation in told]
         self._ids = [self._match("", "")]
         for kept, other in graph.tape.replicas:
             number = len(self._ids)
             self._ids.append(self._match(kept, other))
-            for tensor, dim, tree, where in graph.equations:
+            for tensor, dim, tree, where in told:
                 if any(leaf[0] == "attr" and f"{leaf[1]}.".startswith(kept) for leaf in leaves(tree)):
                     tree = _moved(tree, kept, other, number * self._length)
                     self.equations.append(
@@ -48,10 +51,8 @@ class SecondForm:
                 for name, _ in axis.places
             ]
             found = {
-                self._place(axis, number, (name, dim, start, axis.size))
-                for number, (name, (_, dim), start) in enumerate(
-                    zip(names, axis.places, axis.starts, strict=True)
-                )
+                self._places.get((name, dim, start, axis.size))
+                for name, (_, dim), start in zip(names, axis.places, axis.starts, strict=True)
             }
             if len(found) == 1 and None not in found:
                 (number,) = found
@@ -67,17 +68,6 @@ class SecondForm:
                         number, f"under {form} attention it is not one axis of its own", "fixed"
                     )
         return ids
-
-    def _place(self, axis: Axis, number: int, key: tuple[str, int, int, int]) -> int | None:
-        """The first graph's axis where the second's has its occurrence ``number``; None if it has no such axis.
-
-        Axes of one size that begin together (8 query heads in each of 8 key-value heads) differ in where they end.
-        """
-        there = self._places.get(key, [])
-        if len(there) < 2:
-            return there[0][0] if there else None
-        last = self.graph._core.positions(axis.id, number)[-1, 0]
-        return next((i for i, n in there if self._first._core.positions(i, n)[-1, 0] == last), None)
 
     def _split(self, dims: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int, int]]]:
         """Variant -> (place in ``dims``, tensor, dim)."""
@@ -117,5 +107,5 @@ def _moved(tree: Any, kept: str, other: str, shift: int) -> Any:
         return ["shape", tree[1] + shift, tree[2]]
     if tree[0] == "attr":
         module = f"{tree[1]}."
-        return ["attr", (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1], *tree[2:]]
+        return ["attr", (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1], tree[2]]
     return [tree[0], *(_moved(part, kept, other, shift) for part in tree[1:])]

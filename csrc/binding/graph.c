@@ -246,8 +246,11 @@ static PyObject *members_of(const lp_graph *graph, const lp_axis *axis)
     PyObject *list = PyList_New((Py_ssize_t)axis->member_count);
 
     for (size_t m = 0; list != NULL && m < axis->member_count; m++) {
-        PyObject *entry = Py_BuildValue("(IIL)", axis->members[m].tensor, axis->members[m].dim,
-                                        (long long)lp_graph_member_start(graph, &axis->members[m]));
+        const lp_member *member = &axis->members[m];
+        int64_t start, stride;
+        PyObject *entry;
+        lp_graph_member_place(graph, member, &start, &stride);
+        entry = Py_BuildValue("(IILL)", member->tensor, member->dim, (long long)start, (long long)stride);
         if (entry == NULL)
             Py_CLEAR(list);
         else
@@ -631,8 +634,8 @@ static PyObject *graph_explain(PyObject *self, PyObject *args)
 
 static PyMethodDef graph_methods[] = {
     {"axes", graph_axes, METH_NOARGS,
-     "axes($self, /)\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim, first position) of each\n"
-     "member])."},
+     "axes($self, /)\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim, start,\n"
+     "stride) of each member])."},
     {"positions", graph_positions, METH_VARARGS,
      "positions($self, axis, member, /)\n--\n\nint64 (axis size, positions per index) along the member's dimension."},
     {"new_sizes", graph_new_sizes, METH_VARARGS,

@@ -101,8 +101,8 @@ uint32_t lp_graph_unknown_op(const lp_graph *graph, size_t i);
 size_t lp_graph_axis_count(const lp_graph *graph);
 const lp_axis *lp_graph_axis(const lp_graph *graph, size_t id);
 
-/* Position of the axis' index 0 in a member's dimension, the first of them. */
-int64_t lp_graph_member_start(const lp_graph *graph, const lp_member *member);
+/* First position of the axis' index 0 in a member's dimension, and the distance from one index to the next. */
+void lp_graph_member_place(const lp_graph *graph, const lp_member *member, int64_t *start, int64_t *stride);
 
 /* Walk an axis' notes: *cursor begins as axis->notes; false at the end. */
 bool lp_graph_note(const lp_graph *graph, uint32_t *cursor, lp_reason *reason, uint32_t *op);

@@ -202,9 +202,10 @@ const lp_axis *lp_graph_axis(const lp_graph *graph, size_t id)
     return id < graph->axis_count ? &graph->list[id] : NULL;
 }
 
-int64_t lp_graph_member_start(const lp_graph *graph, const lp_member *member)
+void lp_graph_member_place(const lp_graph *graph, const lp_member *member, int64_t *start, int64_t *stride)
 {
-    return graph->occurrences.items[member->occurrence].offset;
+    *start = graph->occurrences.items[member->occurrence].offset;
+    *stride = graph->occurrences.items[member->occurrence].stride;
 }
 
 bool lp_graph_note(const lp_graph *graph, uint32_t *cursor, lp_reason *reason, uint32_t *op)
