@@ -14,8 +14,7 @@ C_valgrind := -O1
 C_RUN_plain    :=
 C_RUN_asan     := ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1
 C_RUN_tsan     := TSAN_OPTIONS=halt_on_error=1
-# valgrind does not know AVX-512, so the kernels are held to AVX2 there.
-C_RUN_valgrind := LLMPRUNE_SIMD=avx2 valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all
+C_RUN_valgrind := valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all
 
 # $(call c_variant,NAME): objects, programs, and the phony target run-c-NAME.
 define c_variant

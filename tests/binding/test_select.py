@@ -37,7 +37,9 @@ def test_what_is_no_array_of_numbers_is_refused() -> None:
         _core.rank(scores, order.astype(np.int32))  # type: ignore[arg-type]
     with pytest.raises(TensorError, match="expected an array of 1 dimension, got 2"):
         _core.rank(np.zeros((3, 1)), order)
-    with pytest.raises(TensorError, match=r"order: dimension 0 has 3 elements, expected 2 \(one for each score\)"):
+    with pytest.raises(
+        TensorError, match=r"order: dimension 0 has 3 elements, expected 2 \(one for each score\)"
+    ):
         _core.rank(scores[:2], order)
     with pytest.raises(TensorError, match="order shares memory with scores"):
         _core.rank(order.view(np.float64), order)
