@@ -99,7 +99,7 @@ class KeptPositions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _restricted(func, arguments, ops)
 
 
-class _FusedAttention(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _FusedAttention(TorchFunctionMode):
     """Leaves fused attention out of the count, as a trace does: which operations it is made of varies by device."""
 
     def __init__(self, counting: KeptPositions) -> None:

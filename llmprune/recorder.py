@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, tape: Tape, meta: bool, scope: Callable[[], int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
         self.meta = meta
         self.scope = scope

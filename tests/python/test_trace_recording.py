@@ -56,7 +56,9 @@ def test_the_tape_is_whole_and_the_same_on_meta_and_real_tensors(family: str) ->
 
     known = {tid for tid, tensor in enumerate(meta.tensors) if tensor[3] != "value"}
     for name, _, code, outputs, scope in meta.ops:
-        used = [tid for tag, payload in arguments(code) if tag in (TENSOR, TENSORS) for tid in payload if tid >= 0]
+        used = [
+            tid for tag, payload in arguments(code) if tag in (TENSOR, TENSORS) for tid in payload if tid >= 0
+        ]
         assert known.issuperset(used), f"{name} uses a tensor before it is made"
         known.update(outputs)
         assert 0 <= scope < len(meta.scopes)
