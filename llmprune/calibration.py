@@ -51,12 +51,18 @@ class Batch:
         return Batch({name: t.to(device) for name, t in self.inputs.items()}, self.hash)
 
     def sketch(self, length: int = 7) -> Batch:
-        """Two samples (the only one twice), cut to ``length`` tokens where these are plain ids: for a trial run."""
-        second = min(1, self.samples - 1)
-        pair = {name: torch.stack([t[0], t[second]]) for name, t in self.inputs.items()}
-        if set(pair) == {"input_ids"}:
-            pair = {"input_ids": pair["input_ids"][:, :length]}
-        return Batch(pair, self.hash)
+        """Three samples for a trial run: two of these (the only one twice), then the first again.
+
+        Plain ids are cut to ``length`` tokens, and the last token of the third sample is another than the first's:
+        a causal model's other predictions are the same for both.
+        """
+        chosen = [0, min(1, self.samples - 1), 0]
+        inputs = {name: t[chosen] for name, t in self.inputs.items()}
+        if set(inputs) == {"input_ids"}:
+            ids = inputs["input_ids"][:, :length].clone()
+            ids[2, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else (ids[0, -1] - 1).abs()
+            inputs = {"input_ids": ids}
+        return Batch(inputs, self.hash)
 
 
 def _digest(inputs: Mapping[str, torch.Tensor]) -> str:

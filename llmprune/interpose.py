@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -169,15 +170,41 @@ class Interposer(TorchFunctionMode):
         self.lookups: set[str] = set()
         self.transposed: set[str] = set()
         self.mixed: set[str] = set()
+        self.densities: dict[str, set[Fraction]] = {}
+        """Name -> rows for each token that its uses may have, where samples are told apart; noted while surveying."""
+        self.length = 1
+        """Tokens of a sample."""
         self.sample = 0
         """While surveying: whose loss runs backward now."""
 
     def observe(self, name: str, dy: torch.Tensor) -> None:
-        """While surveying, see that only the current sample's half of the rows has a gradient."""
-        if not self.surveying or self.reducer.importance.order < 2:
+        """While surveying, see that only the current sample's part of the rows has a gradient."""
+        if not self.surveying or not self.reducer.grouped:
             return
-        if len(dy) % 2 or bool(dy.reshape(2, -1)[1 - self.sample].any()):
+        samples = self.reducer.samples
+        if len(dy) % samples:
             self.mixed.add(name)
+            return
+        parts = dy.reshape(samples, -1)
+        if any(bool(part.any()) for sample, part in enumerate(parts) if sample != self.sample):
+            self.mixed.add(name)
+
+    def _divides(self, name: str, rows: int) -> bool:
+        """Whether ``rows`` of a use can be the samples' rows, one sample after the other; else it takes no part."""
+        reducer = self.reducer
+        if rows and not reducer.grouped:
+            return True
+        if self.surveying:
+            self.densities.setdefault(name, set()).add(Fraction(rows, reducer.here * self.length))
+            if rows == 0 or rows % reducer.here:
+                self.mixed.add(name)
+                return False
+        elif rows == 0 or rows % reducer.here or not self._as_surveyed(name, rows):
+            raise Reroute({name})
+        return True
+
+    def _as_surveyed(self, name: str, rows: int) -> bool:
+        return Fraction(rows, self.reducer.here * self.length) in self.densities.get(name, ())
 
     def _name(self, tensor: Any, among: set[str]) -> str | None:
         name = self._names.get(id(tensor))
@@ -253,10 +280,7 @@ class Interposer(TorchFunctionMode):
             if self.surveying and not transposed:
                 return self._noted(F.linear(x, weight, bias), weight, bias)
             return NotImplemented
-        if x.numel() == 0 or (x.numel() // x.shape[-1]) % self.reducer.groups:
-            if not self.surveying:
-                raise Reroute({name})
-            self.mixed.add(name)
+        if not self._divides(name, x[..., 0].numel()):
             return NotImplemented
         if transposed:
             self.transposed.add(name)
@@ -310,10 +334,7 @@ def _embedding(
     groups = mode.reducer.groups
     if groups > 1 and input.dim() == 2 and input.shape[0] == 1:
         input = input.expand(groups, -1)
-    if input.numel() == 0 or input.numel() % groups:
-        if not mode.surveying:
-            raise Reroute({name})
-        mode.mixed.add(name)
+    if not mode._divides(name, input.numel()):
         return NotImplemented
     mode.lookups.add(name)
     mode.reducer.ids.setdefault(name, []).append(input)

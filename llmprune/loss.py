@@ -147,35 +147,38 @@ class SampleLosses:
             )
         return next_token_losses(logits, ids)
 
-    def check_causal(self, batch: Batch) -> None:
-        """Find out on a small batch whether the model predicts next tokens.
+    def check_causal(self, logits: torch.Tensor) -> None:
+        """See from the logits of a :meth:`Batch.sketch` of plain ids that the model predicts next tokens.
 
         Raises:
-            InputError: it does not, and plain ids were given.
+            InputError: what it says of a token depends on later ones.
         """
-        if self.plain:
-            if not self._is_causal(batch):
-                raise InputError(
-                    f"{type(self.model).__name__} is not causal (its logits depend on later tokens), so the "
-                    "next-token loss means nothing: pass loss=, or a mapping with labels as calibration"
-                )
-        elif self.loss is None and not config_value(self.model, "is_encoder_decoder"):
-            ids, labels = batch.inputs.get("input_ids"), batch.inputs["labels"]
-            self._shifted = ids is not None and ids.shape == labels.shape and self._is_causal(batch)
+        if not _unchanged(logits[0], logits[2]):
+            raise InputError(
+                f"{type(self.model).__name__} is not causal (its logits depend on later tokens), so the next-token "
+                "loss means nothing: pass loss=, or a mapping with labels as calibration"
+            )
 
-    def _is_causal(self, batch: Batch) -> bool:
-        """Whether logits stay where they are when the last token changes."""
-        ids = batch.inputs["input_ids"]
+    def find_shift(self, batch: Batch) -> None:
+        """Find out on a small batch with labels whether the model predicts next tokens."""
+        if self.plain or self.loss is not None or config_value(self.model, "is_encoder_decoder"):
+            return
+        ids, labels = batch.inputs.get("input_ids"), batch.inputs["labels"]
+        if ids is None or ids.shape != labels.shape:
+            return
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, -1] - 1).abs(), ids[:, 0])
         with torch.no_grad():
             first = self.logits(batch)
             second = logits_of(self.model, {**batch.inputs, "input_ids": other})
-        if first.dim() != 3 or first.shape[:2] != ids.shape:
-            self.of_logits(first, batch)
-        tolerance = 3e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        first, second = first[:, :-1].float(), second[:, :-1].float()
-        return float((first - second).abs().max()) <= tolerance * float(first.abs().max())
+        self._shifted = first.shape[:-1] == ids.shape and _unchanged(first, second)
+
+
+def _unchanged(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether logits (..., T, V) are the same, but for rounding, at all tokens but the last."""
+    tolerance = 3e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    first, second = first.detach()[..., :-1, :].float(), second.detach()[..., :-1, :].float()
+    return float((first - second).abs().max()) <= tolerance * float(first.abs().max())
 
 
 def check_losses(losses: torch.Tensor, first: int = 0) -> None:
@@ -217,9 +220,10 @@ def _slice_rows(tokens: int) -> int:
 class FusedLoss(torch.autograd.Function):
     """Mean next-token losses from the final projection's input, without whole logits.
 
-    ``apply(hidden (S, T, in), weight (V, in), bias (V,) or None, ids (S, T), use, anchor)`` -> losses (S,). The weight
-    and the bias are constants to autograd: what their gradients would be goes to ``use``, slice by slice, or nowhere
-    when it is None. ``anchor`` is any tensor that requires grad.
+    ``apply(hidden (S, T, in), weight (V, in), bias (V,) or None, ids (S, T), use, anchor, keep)`` -> losses (S,). The
+    weight and the bias are constants to autograd: what their gradients would be goes to ``use``, slice by slice, or
+    nowhere when it is None. ``anchor`` is any tensor that requires grad. With ``keep`` the slices of logits are kept
+    for backward, which otherwise forms them again.
     """
 
     @staticmethod
@@ -231,6 +235,7 @@ class FusedLoss(torch.autograd.Function):
         ids: torch.Tensor,
         use: HeadUse | None,
         anchor: torch.Tensor,
+        keep: bool,
     ) -> torch.Tensor:
         """Online logsumexp over slices of rows (Milakov and Gimelshein 2018)."""
         samples, length = ids.shape
@@ -240,18 +245,22 @@ class FusedLoss(torch.autograd.Function):
         top = torch.full((len(x),), -torch.inf, dtype=accumulate, device=x.device)
         total, picked = torch.zeros_like(top), torch.zeros_like(top)
         step = _slice_rows(len(x))
+        kept: list[torch.Tensor] = []
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
-            logits = upcast(F.linear(x, weight[start:stop], None if bias is None else bias[start:stop]))
+            y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+            logits = upcast(y)
             now = torch.maximum(top, logits.amax(1))
             inside = (targets >= start) & (targets < stop)
             place = (targets - start).clamp(0, stop - start - 1)
             picked += torch.where(inside, logits.gather(1, place[:, None])[:, 0], 0)
-            total = total * (top - now).exp() + logits.sub_(now[:, None]).exp_().sum(1)
+            total = total * (top - now).exp() + (logits - now[:, None]).exp_().sum(1)
             top = now
+            if keep:
+                kept.append(y)
         logsum = top + total.log()
         ctx.save_for_backward(hidden, weight, targets, logsum)
-        ctx.bias, ctx.use = bias, use
+        ctx.bias, ctx.use, ctx.kept = bias, use, kept[::-1]
         return (logsum - picked).view(samples, length - 1).mean(1)
 
     @staticmethod
@@ -267,7 +276,10 @@ class FusedLoss(torch.autograd.Function):
         step = _slice_rows(len(x))
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
-            y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+            if ctx.kept:
+                y = ctx.kept.pop()
+            else:
+                y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
             dy = (upcast(y) - logsum[:, None]).exp_().mul_(scale[:, None])
             inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
             dy[inside, targets[inside] - start] -= scale[inside]
@@ -280,7 +292,7 @@ class FusedLoss(torch.autograd.Function):
             use.inputs(x, dx)
         full = torch.zeros_like(hidden)
         full[:, :-1] = dx.view(samples, length, -1)
-        return full, None, None, None, None, None
+        return full, None, None, None, None, None, None
 
 
 fused_loss: Callable[..., torch.Tensor] = FusedLoss.apply

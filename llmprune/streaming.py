@@ -9,10 +9,10 @@ A parameter takes one of three paths.
 - General: autograd's own gradient, one parameter at a time; for second order one sample at a time, with accumulators
   for as many parameters as fit.
 
-Which path it takes is found by trying, on two samples of a few tokens (:func:`_survey`): a parameter is
-streamed only if no gradient reaches it by another way and, for second order, if each half of its uses' rows carries
-the gradient of its own sample alone. The real pass checks the same counts and starts over where a parameter behaves
-differently there.
+Which path it takes is found by trying, on three samples of a few tokens (:func:`_survey`): a parameter is streamed only
+if no gradient reaches it by another way and, for second order, if each third of its uses' rows carries the gradient of
+its own sample alone. The real pass checks that there are as many uses, of as many rows for a token, and starts over
+where a parameter behaves differently there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ class _Route:
     general: set[str] = field(default_factory=set)
     head: torch.Tensor | None = None
     """The weight whose product is the logits, where nothing else follows it."""
+    densities: dict[str, set[Fraction]] = field(default_factory=dict)
+    """Rows for each token that uses of a streamed parameter had, for second order."""
     blocks: list[Block] = field(default_factory=list)
     bytes_per_token: float = 0.0
     """What autograd keeps for backward, apart from parameters."""
@@ -102,7 +105,7 @@ class _Counter(Reducer):
     """What stands in for a reducer during the survey: it counts uses and reduces nothing."""
 
     def __init__(self, importance: Importance):
-        super().__init__(importance, {}, 2, {}, lambda name: None)
+        super().__init__(importance, {}, 3, {}, lambda name: None)
         self.counts: dict[str, int] = {}
 
     def linear(self, name: str, *args: Any, **options: Any) -> None:
@@ -140,7 +143,7 @@ class _Task:
 
 
 def _survey(task: _Task, copied: set[str]) -> _Route:
-    """Run two samples forward and backward and see how each parameter is used; see the module's docstring.
+    """Run three short samples forward, two of them backward, and see how each parameter is used; see the module.
 
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: what the model raises, perhaps because of a copy per sample.
@@ -152,14 +155,16 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
     counter = _Counter(task.importance)
     mode = Interposer(parameters, set(parameters), copied, counter)
     mode.surveying = True
+    mode.length = sketch.tokens // sketch.samples
     route = _Route()
     product = None
     with _requiring_grad(parameters.values()):
-        with watch_blocks(task.model, 2) as blocks, _measure(task.model) as kept, mode:
+        with watch_blocks(task.model, sketch.samples) as blocks, _measure(task.model) as kept, mode:
             if losses_of.plain:
                 logits = losses_of.logits(sketch)
                 product = mode.projections.get(id(logits))
                 losses = losses_of.of_logits(logits, sketch)
+                losses_of.check_causal(logits)
             else:
                 losses = losses_of(sketch)
             route.blocks = blocks()
@@ -171,17 +176,16 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
                 for copy in mode.copies.values():
                     copy.grad = None
                 losses[sample].backward(retain_graph=sample == 0)  # type: ignore[no-untyped-call]
-                mode.mixed |= {
-                    name
-                    for name, c in mode.copies.items()
-                    if c.grad is not None and bool(c.grad[1 - sample].any())
-                }
+                for name, copy in mode.copies.items():
+                    if copy.grad is not None:
+                        mode.observe(name, copy.grad)
             if not grouped:
                 losses.sum().backward()  # type: ignore[no-untyped-call]
         leaked = {name for name, parameter in parameters.items() if parameter.grad is not None}
     bad = leaked | mode.mixed | (mode.lookups & mode.transposed)
     passes = 2 if grouped else 1
     route.streamed = {name: count // passes for name, count in counter.counts.items() if name not in bad}
+    route.densities = mode.densities
     route.copied = set(mode.copies) - bad
     route.general = set(parameters) - set(route.streamed) - route.copied
     if product is not None:
@@ -259,7 +263,7 @@ def streamed_sums(
         CalibrationError: a sample's loss is not finite, or the model cannot run on the samples.
     """
     task = _Task(model, batch, losses_of, parameters, importance, progress)
-    losses_of.check_causal(batch.sketch(_SKETCH_TOKENS))
+    losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
     route = _route(task)
     while True:
         log.info(
@@ -332,6 +336,8 @@ class _Pass:
             fold=parts and task.batch.tokens > STORE_TOKENS,
         )
         self.mode = Interposer(task.parameters, set(self.route.streamed), self.route.copied, self.reducer)
+        self.mode.densities = self.route.densities
+        self.mode.length = task.batch.tokens // self.samples
         self.factor = 1 if task.importance.kernel is not None else 1 / self.samples
         """Of the samples' summed loss. For second order each sample's own gradient is needed; the first-order kernels'
         formulas are homogeneous in ``g``, so that a factor 1/N at the end adds no rounding to every gradient."""
@@ -431,7 +437,8 @@ class _Pass:
         constant = None if bias is None else bias.detach()
         use = None if name is None else HeadRows(self.reducer, name, constant)
         ids = part.inputs["input_ids"]
-        return fused_loss(hidden, head.detach(), constant, ids, use, self.mode.anchor)
+        keep = not self.checkpointing
+        return fused_loss(hidden, head.detach(), constant, ids, use, self.mode.anchor, keep)
 
     def _one_by_one(self, names: list[str], accumulator_bytes: int | None) -> None:
         """Second order on the general path: one sample at a time, as many parameters as accumulators fit."""
