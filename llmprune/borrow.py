@@ -23,6 +23,7 @@ from torch import nn
 from llmprune.provenance import SizeMode
 
 _INTERNAL = frozenset({"_parameters", "_buffers", "_modules"})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 _NO_SIZES = frozenset(
     {bool, str, float, type(None), dict, OrderedDict, set, torch.dtype, torch.device, FunctionType}
 )
@@ -37,11 +38,12 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """
     # remove_duplicate matters not: a module met twice is saved once.
     saved = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    # Most of a module's own containers are empty: for those, None says enough.
     inner = [
-        (value, value.copy())
+        (value, value.copy() if value else None)
         for _, attributes in saved
         for value in attributes.values()
-        if isinstance(value, (dict, list, set)) and type(value).__module__ in ("builtins", "collections")
+        if type(value) in _CONTAINERS
     ]
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     device_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
@@ -52,7 +54,11 @@ def borrowed(model: nn.Module) -> Iterator[None]:
             attributes.clear()
             attributes.update(before)
         for container, before_copy in inner:
+            if not container and not before_copy:
+                continue
             container.clear()
+            if before_copy is None:
+                continue
             if isinstance(container, list):
                 container.extend(before_copy)
             else:

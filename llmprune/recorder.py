@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmprune.meta_results import KEEP_TYPE, concatenation, elementwise
 from llmprune.tape import (
     BOOL,
     BOOLS,
@@ -53,6 +54,7 @@ class Operator:
     views: tuple[int, ...]  # for each return: index of the argument it aliases, or -1
     mutated: tuple[int, ...]  # indices of the arguments written to
     dynamic: bool  # output sizes or values depend on data
+    keeps_type: bool  # elementwise, and the result is of the floating inputs' type
 
     def argument(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An argument by its place in the schema; None where it is left to its default."""
@@ -95,6 +97,11 @@ class Recorder(TorchDispatchMode):
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # storage id -> (tensor, value before)
         self._outside: dict[int, torch.Tensor] = {}  # storage id -> real tensor that is not ours to change
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """A recording is never compiled: no need for the framework to guard each operation against it."""
+        return False
 
     # Tensors -----------------------------------------------------------------------------------------------------
 
@@ -404,6 +411,14 @@ class Recorder(TorchDispatchMode):
         if not known:
             if operator.mutated:
                 self._forget(operator, args, kwargs)
+            else:
+                out = None
+                if operator.keeps_type:
+                    out = elementwise(tensors)
+                elif operator.name == "aten::cat" and all(on_meta):
+                    out = concatenation(tensors, args[1] if len(args) > 1 else kwargs.get("dim", 0))
+                if out is not None:
+                    return out, None
             return func(*args, **kwargs), None
         try:
             out = func(*args, **kwargs)
@@ -504,7 +519,8 @@ def read_schema(func: Any) -> Operator:
     mutated = tuple(place for place, info in enumerate(sets) if info is not None and info.is_write)
     flags = (POINTWISE if torch.Tag.pointwise in func.tags else 0) | (MUTATES if mutated else 0)
     dynamic = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
-    return Operator(schema.name, flags, names, defaults, views, mutated, dynamic)
+    keeps_type = schema.name in KEEP_TYPE and not mutated
+    return Operator(schema.name, flags, names, defaults, views, mutated, dynamic, keeps_type)
 
 
 def encode_plain(value: Any) -> Sequence[int]:

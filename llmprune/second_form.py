@@ -69,6 +69,10 @@ class SecondForm:
                     )
         return ids
 
+    def everywhere(self, axis: int) -> list[int]:
+        """The first graph's axes that an axis of the second stands for, in its own block and those like it."""
+        return sorted({ids[axis] for ids in self._ids if axis in ids})
+
     def _split(self, dims: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int, int]]]:
         """Variant -> (place in ``dims``, tensor, dim)."""
         parts: dict[int, list[tuple[int, int, int]]] = {}

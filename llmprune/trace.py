@@ -45,7 +45,32 @@ def trace(model: nn.Module, inputs: Any = None) -> Graph:
     tape = _record(model, keywords, "auto", None)
     excerpt = find_excerpt(model, tape)
     tape.second = record_second_form(model, keywords, tape, excerpt)
-    return Graph.from_tape(tape, model)
+    graph = Graph.from_tape(tape, model)
+    _try_cuts(model, keywords, graph, excerpt)
+    return graph
+
+
+def _try_cuts(model: nn.Module, inputs: dict[str, Any], graph: Graph, excerpt: Excerpt) -> None:
+    """Freeze the axes without an index of which the model does not run."""
+    from llmprune.graph import Graph
+    from llmprune.trial import Trial, freeze_failures
+
+    setup = Setup(meta=graph.tape.device_mode == "meta")
+    forms = [None] if graph.tape.second is None else [None, graph.tape.second.attention]
+    part = graph
+    if excerpt.kept:
+        tape = record_excerpt(model, inputs, setup, excerpt)
+        if tape is not None and tape.replicas:
+            second = graph.tape.second
+            tape.second = None if second is None else replace(second, replicas=[])
+            part = Graph.from_tape(tape, model)
+    trial = Trial(model, inputs, setup, forms, excerpt if part is not graph else Excerpt())
+    failures = trial.failures(part)
+    if part is not graph:
+        freeze_failures(graph, part, failures)
+    else:
+        for axis, reason in failures.items():
+            graph.freeze(axis, reason)
 
 
 def record(
