@@ -57,21 +57,19 @@ def logits_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
     return output
 
 
-def upcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precisions as float32; anything else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def next_token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross entropy of each sample: logits (S, T, V), ids (S, T) -> (S,)."""
-    flat = upcast(logits[:, :-1]).reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none").view(len(ids), -1).mean(1)
+    """Mean next-token cross entropy of each sample: logits (S, T, V), ids (S, T) -> (S,).
+
+    In float32 whatever the model's precision, as in transformers' own loss, and so with the same gradients.
+    """
+    pairs = zip(logits[:, :-1], ids[:, 1:], strict=True)
+    return torch.stack([F.cross_entropy(row.float(), targets) for row, targets in pairs])
 
 
 def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of each sample: logits (S, ..., V), labels (S, ...) with -100 where nothing is predicted."""
     losses = F.cross_entropy(
-        upcast(logits).reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none", ignore_index=-100
+        logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none", ignore_index=-100
     )
     counted = (labels != -100).reshape(len(labels), -1)
     return losses.view(len(labels), -1).sum(1) / counted.sum(1).clamp(min=1)
@@ -241,15 +239,14 @@ class FusedLoss(torch.autograd.Function):
         samples, length = ids.shape
         x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         targets = ids[:, 1:].reshape(-1)
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        top = torch.full((len(x),), -torch.inf, dtype=accumulate, device=x.device)
+        top = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         total, picked = torch.zeros_like(top), torch.zeros_like(top)
         step = _slice_rows(len(x))
         kept: list[torch.Tensor] = []
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
             y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
-            logits = upcast(y)
+            logits = y.float()
             now = torch.maximum(top, logits.amax(1))
             inside = (targets >= start) & (targets < stop)
             place = (targets - start).clamp(0, stop - start - 1)
@@ -272,7 +269,7 @@ class FusedLoss(torch.autograd.Function):
         samples, length = hidden.shape[0], hidden.shape[1] - 1
         x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         scale = (gradient.to(logsum.dtype) / length).repeat_interleave(length)
-        dx = torch.zeros_like(x, dtype=logsum.dtype)
+        dx = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         step = _slice_rows(len(x))
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
@@ -280,7 +277,7 @@ class FusedLoss(torch.autograd.Function):
                 y = ctx.kept.pop()
             else:
                 y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
-            dy = (upcast(y) - logsum[:, None]).exp_().mul_(scale[:, None])
+            dy = (y.float() - logsum[:, None]).exp_().mul_(scale[:, None])
             inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
             dy[inside, targets[inside] - start] -= scale[inside]
             dy = dy.to(x.dtype)

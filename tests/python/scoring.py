@@ -118,7 +118,8 @@ def ids_of(samples: int = 5, length: int = 12) -> torch.Tensor:
 
 
 def plain_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    """Each sample's loss as transformers' own takes it: in float32."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     return torch.stack([F.cross_entropy(row, one[1:]) for row, one in zip(logits, ids, strict=True)])
 
 

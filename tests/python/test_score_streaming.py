@@ -190,7 +190,7 @@ def test_any_use_of_a_parameter_scores_right():
     from scoring import gradients, oracle
 
     def losses(model, ids):
-        logits = model(ids)[:, :-1]
+        logits = model(ids)[:, :-1].float()
         return torch.stack([F.cross_entropy(row, one[1:]) for row, one in zip(logits, ids, strict=True)])
 
     torch.manual_seed(0)
