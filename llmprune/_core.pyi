@@ -18,7 +18,6 @@ def rank(scores: npt.NDArray[np.float64], order: npt.NDArray[np.int64], /) -> No
 def merge(
     keys: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64], sequence: npt.NDArray[np.int64], /
 ) -> None: ...
-
 def simd_level() -> str: ...
 def linear_scores(
     weight: _Tensor,
@@ -53,7 +52,9 @@ class Graph:
     def __new__(
         cls, tensors: Sequence[Sequence[Any]], ops: Sequence[Sequence[Any]], outputs: Sequence[int]
     ) -> Graph: ...
-    def axes(self) -> list[tuple[int, str, bool, list[tuple[str, int, bool]], list[tuple[int, int, int, int]]]]: ...
+    def axes(
+        self,
+    ) -> list[tuple[int, str, bool, list[tuple[str, int, bool]], list[tuple[int, int, int, int]]]]: ...
     def positions(self, axis: int, member: int, /) -> npt.NDArray[np.int64]: ...
     def new_sizes(
         self, removed: npt.NDArray[np.int64], dims: npt.NDArray[np.int64], /
@@ -64,7 +65,13 @@ class Graph:
         self, tensor: int, dim: int, size: int, removed: dict[int, npt.NDArray[np.int64]], /
     ) -> npt.NDArray[np.bool_]: ...
     def mark_ragged(
-        self, axis: int, member: int, outer: int, chosen: npt.NDArray[np.int64], flags: npt.NDArray[np.bool_], /
+        self,
+        axis: int,
+        member: int,
+        outer: int,
+        chosen: npt.NDArray[np.int64],
+        flags: npt.NDArray[np.bool_],
+        /,
     ) -> None: ...
     def dim_axes(self, tensor: int, dim: int, /) -> list[int]: ...
     def marked(self) -> list[tuple[int, int, int]]: ...
