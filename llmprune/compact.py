@@ -195,48 +195,22 @@ def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor
 def set_attributes(model: nn.Module, attributes: Iterable[AttributeValue]) -> None:
     """Set module attributes, entries of tuples and lists, and fields of configs.
 
-    A config is usually one object that all modules of a model hold. Where every module of a class that holds it agrees
-    on a new value, the shared config is changed and stays one object; where they differ (layers pruned by different
-    amounts) each module concerned gets a shallow copy of its own.
+    A config is usually one object that all modules of a model hold, and another module may derive something else from
+    the same field (rotary embeddings a head's width from the number of heads). So a module that needs a new value gets
+    a shallow copy of the config of its own, and the shared one keeps its values. Settings that are changed on the
+    shared config later, such as the attention implementation, do not reach such a copy.
     """
-    attributes = list(attributes)
     modules = dict(model.named_modules(remove_duplicate=False))
-    shared = [_agreed(modules, attribute, attributes) for attribute in attributes]
-    copied: set[tuple[str, str]] = set()
-    for attribute, in_place in zip(attributes, shared, strict=True):
+    copied: set[tuple[int, str]] = set()
+    for attribute in attributes:
         owner: Any = modules[attribute.module]
         *path, name = attribute.name.split(".")
-        for depth, part in enumerate(path, 1):
-            key = (attribute.module, ".".join(path[:depth]))
-            if not in_place and key not in copied:
+        for part in path:
+            if (id(owner), part) not in copied:
                 setattr(owner, part, copy.copy(getattr(owner, part)))
-                copied.add(key)
+                copied.add((id(owner), part))
             owner = getattr(owner, part)
         _assign(owner, name, attribute)
-
-
-def _agreed(
-    modules: Mapping[str, nn.Module], attribute: AttributeValue, attributes: list[AttributeValue]
-) -> bool:
-    """Whether every module that reads this field of this very config object is to see the same new value."""
-    *path, _ = attribute.name.split(".")
-    if not path:
-        return True
-    target = _follow(modules[attribute.module], path)
-    kinds, wanted = set(), {}
-    for other in attributes:
-        if (other.name, other.index) == (attribute.name, attribute.index):
-            kinds.add(type(modules[other.module]))
-            wanted[id(modules[other.module])] = other.value
-    readers = (m for m in modules.values() if type(m) in kinds and _follow(m, path) is target)
-    return all(wanted.get(id(m)) == attribute.value for m in readers)
-
-
-def _follow(start: Any, path: list[str]) -> Any:
-    """``start.a.b`` for path ``[a, b]``; None where an attribute is missing on the way."""
-    for part in path:
-        start = getattr(start, part, None)
-    return start
 
 
 def _assign(owner: Any, name: str, attribute: AttributeValue) -> None:

@@ -48,7 +48,7 @@ _REDUCTIONS = {
 _LAST_DIMS = {"native_layer_norm": 2, "layer_norm": 2, "rms_norm": 1, "_fused_rms_norm": 1}
 
 
-class KeptPositions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class KeptPositions(TorchDispatchMode):
     """Runs a forward pass with the marked operations restricted to the positions a plan keeps.
 
     Args:

@@ -205,20 +205,10 @@ class TestAttributes:
         assert (model[0].sizes, model[0].widths, model[0].heads) == ((4, 2), [1, 4], 2)
         assert shared == [1, 6], "a list another object may hold is replaced, not changed"
 
-    def test_config_stays_one_object_when_all_agree(self) -> None:
-        model = llama()
-        plan = llama_plan(model)
-        plan.attributes = [
-            attribute(f"model.layers.{i}.self_attn", "config.num_key_value_heads", GROUPS, 2)
-            for i in range(2)
-        ]
-        compact(model, plan)
-        configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
-        assert configs == {id(model.config)}
-        assert model.config.num_key_value_heads == 2
-
-    @pytest.mark.parametrize("values", [(2, 1), (2, None), (None, 2)])
-    def test_config_parts_when_layers_differ(self, values: tuple[int | None, ...]) -> None:
+    @pytest.mark.parametrize("values", [(2, 2), (2, 1), (2, None), (None, 2)])
+    def test_a_config_field_changes_for_the_modules_that_need_it(
+        self, values: tuple[int | None, ...]
+    ) -> None:
         model = llama()
         plan = llama_plan(model)
         plan.attributes = [
@@ -231,6 +221,7 @@ class TestAttributes:
         seen = [layer.self_attn.config.num_key_value_heads for layer in model.model.layers]
         assert seen == [value or GROUPS for value in values]
         assert model.model.layers[0].mlp.config is model.config
+        assert model.model.rotary_emb.config is model.config
 
     @pytest.mark.parametrize(
         ("bad", "message"),
