@@ -45,7 +45,7 @@ $(EXTENSION): $(INSTALLED) setup.py $(C_FILES)
 demo: $(EXTENSION)
 	$(BIN)/llmprune prune demo/model --ratio 0.2 --importance element1 \
 	    --calibration demo/calibration.txt --eval demo/eval.txt \
-	    --output out/demo --overwrite --generate "Once upon a time"
+	    --output out/demo --overwrite --generate "Once there was"
 
 test: lint types ctest asan pytest
 

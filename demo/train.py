@@ -84,7 +84,6 @@ def train_tokenizer(recipe: Recipe, n_stories: int = 3000) -> PreTrainedTokenize
         bos_token=BOS,
         eos_token=EOS,
         pad_token=EOS,
-        model_max_length=recipe.context,
         clean_up_tokenization_spaces=False,
     )
 
