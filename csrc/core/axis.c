@@ -182,6 +182,8 @@ lp_status lp_axes_sum(lp_axes *axes, const lp_expr *terms, size_t count, lp_expr
     for (size_t i = 0; i < count; i++) {
         LP_TRY(lp_axes_as_atom(axes, terms[i], &atom, err));
         LP_TRY(lp_axes_gather(axes, atom, err));
+        if (axes->atoms[atom].size > INT64_MAX - size)
+            return lp_error_set(err, LP_ERR_OVERFLOW, "the parts of a dimension add up to more than 2^63");
         size += axes->atoms[atom].size;
     }
     LP_TRY(lp_axes_seal(axes, base, &parts, err));

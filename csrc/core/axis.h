@@ -151,7 +151,7 @@ lp_status lp_axes_resolve(lp_axes *axes, lp_expr expr, lp_expr *out, lp_error *e
 /* outer x inner. */
 lp_status lp_axes_concat(lp_axes *axes, lp_expr outer, lp_expr inner, lp_expr *out, lp_error *err);
 
-/* terms[0] + terms[1] + ...  A term of size 1 becomes a unit atom. */
+/* terms[0] + terms[1] + ...  A term of size 1 becomes a unit atom; LP_ERR_OVERFLOW past 2^63. */
 lp_status lp_axes_sum(lp_axes *axes, const lp_expr *terms, size_t count, lp_expr *out, lp_error *err);
 
 /* Regroup the factors into expressions of the given sizes (their product is the expression's size), refining where a
@@ -159,7 +159,8 @@ lp_status lp_axes_sum(lp_axes *axes, const lp_expr *terms, size_t count, lp_expr
 lp_status lp_axes_split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t count, lp_expr *out,
                         bool *aligned, lp_error *err);
 
-/* Cut at ascending offsets 0 < o_1 < ... < size into count + 1 pieces.  *aligned as above. */
+/* Cut at ascending offsets 0 < o_1 < ... < size into count + 1 pieces; LP_ERR_ARGUMENT when they are not.  *aligned as
+ * above. */
 lp_status lp_axes_cut(lp_axes *axes, lp_expr expr, const int64_t *offsets, size_t count, lp_expr *out,
                       bool *aligned, lp_error *err);
 

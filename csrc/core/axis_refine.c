@@ -83,6 +83,7 @@ static lp_status split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t
     for (size_t t = 0; t < count && *aligned; t++) {
         int64_t need = sizes[t];
         size_t gathered = axes->gather_count;
+        *aligned = need > 0;
         while (need > 1) {
             lp_atom root;
             int64_t size;
@@ -121,102 +122,140 @@ static lp_status split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t
     return LP_OK;
 }
 
-/* Cut once at 0 < offset < size. */
-static lp_status cut_once(lp_axes *axes, lp_expr expr, int64_t offset, lp_expr *left, lp_expr *right,
-                          bool *aligned, int depth, lp_error *err)
+static lp_status cut(lp_axes *axes, lp_expr expr, const int64_t *offsets, size_t count, lp_expr *out,
+                     bool *aligned, int depth, lp_error *err);
+
+/* A leaf becomes the sum of its pieces. */
+static lp_status cut_leaf(lp_axes *axes, lp_atom root, const int64_t *offsets, size_t count, lp_expr *out,
+                          lp_error *err)
 {
-    lp_expr factors, tail, head, l, r;
+    int64_t size = axes->atoms[root].size, at = 0;
+    size_t base = axes->gather_count;
+    lp_expr parts;
+
+    for (size_t i = 0; i <= count; i++) {
+        int64_t end = i < count ? offsets[i] : size;
+        lp_atom part;
+        LP_TRY(part_of(axes, root, end - at, &part, err));
+        LP_TRY(lp_axes_gather(axes, part, err));
+        at = end;
+    }
+    LP_TRY(lp_axes_seal(axes, base, &parts, err));
+    lp_axes_define(axes, root, LP_SUM, parts);
+    for (uint32_t i = 0; i < parts.len; i++)
+        out[i] = axes->atoms[axes->factors[parts.off + i]].size == 1 ? LP_EMPTY : (lp_expr){parts.off + i, 1};
+    return LP_OK;
+}
+
+/* A product is cut between the blocks of its outer factor. */
+static lp_status cut_product(lp_axes *axes, lp_expr head, lp_expr tail, const int64_t *offsets, size_t count,
+                             lp_expr *out, bool *aligned, int depth, lp_error *err)
+{
+    int64_t stride = lp_axes_size(axes, tail), *scaled;
+    size_t capacity = 0;
+    void *block = NULL;
+    lp_status status;
+
+    for (size_t i = 0; i < count; i++)
+        if (offsets[i] % stride != 0) {
+            *aligned = false;
+            return LP_OK;
+        }
+    LP_TRY(lp_grow(&axes->allocator, &block, &capacity, count, sizeof *scaled, err));
+    scaled = block;
+    for (size_t i = 0; i < count; i++)
+        scaled[i] = offsets[i] / stride;
+    status = cut(axes, head, scaled, count, out, aligned, depth + 1, err);
+    for (size_t i = 0; status == LP_OK && *aligned && i <= count; i++)
+        status = lp_axes_concat(axes, out[i], tail, &out[i], err);
+    lp_release(&axes->allocator, block, capacity, sizeof *scaled);
+    return status;
+}
+
+/* A sum is cut between its terms, and within a term where a border falls there: one walk over the terms. */
+static lp_status cut_sum(lp_axes *axes, lp_atom root, const int64_t *offsets, size_t count, lp_expr *out,
+                         bool *aligned, int depth, lp_error *err)
+{
+    lp_expr terms, *piece, *sides;
+    int64_t *inside, at = 0;
+    size_t capacity = 0, inside_capacity = 0, length = 0, next = 0, done = 0;
+    void *block = NULL, *inside_block = NULL;
+    lp_status status;
+
+    LP_TRY(lp_axes_terms(axes, root, &terms, err));
+    LP_TRY(lp_grow(&axes->allocator, &block, &capacity, terms.len + count + 2, sizeof *piece, err));
+    status = lp_grow(&axes->allocator, &inside_block, &inside_capacity, count, sizeof *inside, err);
+    piece = block;
+    sides = piece + terms.len + 1;
+    inside = inside_block;
+    for (uint32_t t = 0; status == LP_OK && t < terms.len; t++) {
+        lp_expr term = {terms.off + t, 1};
+        int64_t end = at + axes->atoms[axes->factors[term.off]].size;
+        size_t borders = 0;
+        if (next < count && offsets[next] == at) {
+            status = lp_axes_sum(axes, piece, length, &out[done++], err);
+            length = 0;
+            next++;
+        }
+        for (; next < count && offsets[next] < end; next++)
+            inside[borders++] = offsets[next] - at;
+        at = end;
+        if (borders == 0 || status != LP_OK) {
+            piece[length++] = term;
+            continue;
+        }
+        status = cut(axes, term, inside, borders, sides, aligned, depth + 1, err);
+        if (status != LP_OK || !*aligned)
+            break;
+        piece[length++] = sides[0];
+        status = lp_axes_sum(axes, piece, length, &out[done++], err);
+        for (size_t i = 1; i < borders; i++)
+            out[done++] = sides[i];
+        piece[0] = sides[borders];
+        length = 1;
+    }
+    if (status == LP_OK && *aligned)
+        status = lp_axes_sum(axes, piece, length, &out[done], err);
+    lp_release(&axes->allocator, block, capacity, sizeof *piece);
+    lp_release(&axes->allocator, inside_block, inside_capacity, sizeof *inside);
+    return status;
+}
+
+static lp_status cut(lp_axes *axes, lp_expr expr, const int64_t *offsets, size_t count, lp_expr *out,
+                     bool *aligned, int depth, lp_error *err)
+{
+    lp_expr factors, head, tail;
     lp_atom root;
-    int64_t stride;
 
     *aligned = depth < MAX_NESTING;
     if (!*aligned)
         return LP_OK;
     LP_TRY(lp_axes_resolve(axes, expr, &factors, err));
-    tail = (lp_expr){factors.off + 1, factors.len - 1};
     head = (lp_expr){factors.off, 1};
-    stride = lp_axes_size(axes, tail);
+    tail = (lp_expr){factors.off + 1, factors.len - 1};
     root = axes->factors[factors.off];
-    if (offset % stride != 0) {
-        *aligned = false;
-        return LP_OK;
-    }
-    if (tail.len > 0) {
-        LP_TRY(cut_once(axes, head, offset / stride, &l, &r, aligned, depth + 1, err));
-        if (!*aligned)
-            return LP_OK;
-        LP_TRY(lp_axes_concat(axes, l, tail, left, err));
-        return lp_axes_concat(axes, r, tail, right, err);
-    }
-    if (axes->atoms[root].definition == LP_LEAF) {
-        lp_atom a, b;
-        lp_expr parts;
-        size_t base = axes->gather_count;
-        LP_TRY(part_of(axes, root, offset, &a, err));
-        LP_TRY(part_of(axes, root, axes->atoms[root].size - offset, &b, err));
-        LP_TRY(lp_axes_gather(axes, a, err));
-        LP_TRY(lp_axes_gather(axes, b, err));
-        LP_TRY(lp_axes_seal(axes, base, &parts, err));
-        lp_axes_define(axes, root, LP_SUM, parts);
-        *left = axes->atoms[a].size == 1 ? LP_EMPTY : (lp_expr){parts.off, 1};
-        *right = axes->atoms[b].size == 1 ? LP_EMPTY : (lp_expr){parts.off + 1, 1};
-        return LP_OK;
-    }
-    {
-        lp_expr terms, sides[2], *pieces;
-        size_t before = 0, capacity = 0;
-        int64_t at = 0, size;
-        void *block = NULL;
-        lp_status status;
-        bool inside;
-
-        LP_TRY(lp_axes_terms(axes, root, &terms, err));
-        while (at + (size = axes->atoms[axes->factors[terms.off + before]].size) <= offset) {
-            at += size;
-            before++;
-        }
-        inside = at < offset;
-        if (inside) {
-            lp_expr term = {(uint32_t)(terms.off + before), 1};
-            LP_TRY(cut_once(axes, term, offset - at, &sides[0], &sides[1], aligned, depth + 1, err));
-            if (!*aligned)
-                return LP_OK;
-        }
-        LP_TRY(lp_grow(&axes->allocator, &block, &capacity, terms.len + 2u, sizeof *pieces, err));
-        pieces = block;
-        for (size_t i = 0; i < before; i++)
-            pieces[i] = (lp_expr){(uint32_t)(terms.off + i), 1};
-        if (inside)
-            pieces[before] = sides[0];
-        status = lp_axes_sum(axes, pieces, before + inside, left, err);
-        if (inside)
-            pieces[0] = sides[1];
-        for (size_t i = before + inside; i < terms.len; i++)
-            pieces[i - before] = (lp_expr){(uint32_t)(terms.off + i), 1};
-        if (status == LP_OK)
-            status = lp_axes_sum(axes, pieces, terms.len - before, right, err);
-        lp_release(&axes->allocator, block, capacity, sizeof *pieces);
-        return status;
-    }
+    if (tail.len > 0)
+        return cut_product(axes, head, tail, offsets, count, out, aligned, depth, err);
+    if (axes->atoms[root].definition == LP_LEAF)
+        return cut_leaf(axes, root, offsets, count, out, err);
+    return cut_sum(axes, root, offsets, count, out, aligned, depth, err);
 }
 
 lp_status lp_axes_cut_at(lp_axes *axes, lp_expr expr, const int64_t *offsets, size_t count, lp_expr *out,
                          bool *aligned, lp_error *err)
 {
-    int64_t at = 0;
+    int64_t size = lp_axes_size(axes, expr);
 
     *aligned = true;
-    for (size_t i = 0; i < count; i++) {
-        lp_expr left, right;
-        LP_TRY(cut_once(axes, expr, offsets[i] - at, &left, &right, aligned, 0, err));
-        if (!*aligned)
-            return LP_OK;
-        out[i] = left;
-        expr = right;
-        at = offsets[i];
+    for (size_t i = 0; i < count; i++)
+        if (offsets[i] <= (i > 0 ? offsets[i - 1] : 0) || offsets[i] >= size)
+            return lp_error_set(err, LP_ERR_ARGUMENT, "a dimension of size %lld cannot be cut at %lld",
+                                (long long)size, (long long)offsets[i]);
+    if (count == 0) {
+        out[0] = expr;
+        return LP_OK;
     }
-    out[count] = expr;
-    return LP_OK;
+    return cut(axes, expr, offsets, count, out, aligned, 0, err);
 }
 
 lp_status lp_axes_split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t count, lp_expr *out,

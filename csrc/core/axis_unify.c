@@ -65,7 +65,7 @@ static lp_status apply(lp_axes *axes, lp_expr expr, uint32_t flags, uint32_t not
 
 static void prove(lp_axes *axes, lp_atom loser, lp_atom winner, lp_rule rule)
 {
-    /* Turn the loser's proof tree so that `loser` is its root, then hang it below `winner`. */
+    /* Turn the proof tree of the smaller class so that `loser` is its root, then hang it below `winner`. */
     lp_atom_node *atoms = axes->atoms;
     lp_atom at = loser, above = winner;
     uint32_t op = axes->op;
@@ -87,11 +87,13 @@ static void prove(lp_axes *axes, lp_atom loser, lp_atom winner, lp_rule rule)
     }
 }
 
-/* Merge two roots of equal size, each a leaf or a sum; pairs of parts that follow go on the work list. */
-static lp_status merge(lp_axes *axes, lp_atom a, lp_atom b, lp_rule rule, bool *aligned, lp_error *err)
+/* Merge the classes of two atoms of equal size, each a leaf or a sum; pairs of parts that follow go on the work list.
+ * The proof joins the atoms themselves, since it is those that the operation met. */
+static lp_status merge(lp_axes *axes, lp_atom a_met, lp_atom b_met, lp_rule rule, bool *aligned,
+                       lp_error *err)
 {
     lp_atom_node *atoms = axes->atoms;
-    lp_atom winner = a, loser = b;
+    lp_atom a = lp_axes_find(axes, a_met), b = lp_axes_find(axes, b_met), winner = a, loser = b;
     lp_expr a_parts = atoms[a].parts, b_parts = atoms[b].parts;
     bool a_sum = atoms[a].definition == LP_SUM, b_sum = atoms[b].definition == LP_SUM;
 
@@ -143,7 +145,7 @@ static lp_status merge(lp_axes *axes, lp_atom a, lp_atom b, lp_rule rule, bool *
         winner = b;
         loser = a;
     }
-    prove(axes, loser, winner, rule);
+    prove(axes, loser == a ? a_met : b_met, loser == a ? b_met : a_met, rule);
     atoms[loser].parent = winner;
     atoms[winner].weight += atoms[loser].weight;
     if (atoms[winner].definition == LP_LEAF && atoms[loser].definition != LP_LEAF) {
@@ -166,21 +168,18 @@ static lp_status merge(lp_axes *axes, lp_atom a, lp_atom b, lp_rule rule, bool *
 static lp_status unify_pair(lp_axes *axes, lp_pair pair, bool *aligned, lp_error *err)
 {
     size_t base = axes->stack_count, b_base;
-    lp_expr b_list;
-    lp_atom b;
 
     /* a's pending factors lie on the stack, b's on the gather list, the next one on top; both are looked up anew at each
      * step, since a merge or refinement may have changed them. */
     *aligned = lp_axes_size(axes, pair.a) == lp_axes_size(axes, pair.b);
     if (!*aligned)
         return LP_OK;
-    LP_TRY(lp_axes_resolve(axes, pair.b, &b_list, err));
     LP_TRY(lp_axes_push_expr(axes, pair.a, err));
     b_base = axes->gather_count;
-    for (uint32_t i = b_list.len; i-- > 0;)
-        LP_TRY(lp_axes_gather(axes, axes->factors[b_list.off + i], err));
+    for (uint32_t i = pair.b.len; i-- > 0;)
+        LP_TRY(lp_axes_gather(axes, axes->factors[pair.b.off + i], err));
     while (*aligned && axes->stack_count > base) {
-        lp_atom a = lp_axes_find(axes, axes->stack[axes->stack_count - 1]);
+        lp_atom a_met = axes->stack[axes->stack_count - 1], a = lp_axes_find(axes, a_met), b_met, b;
         int64_t a_size = axes->atoms[a].size, b_size;
         if (axes->atoms[a].definition == LP_PRODUCT || a_size == 1) {
             axes->stack_count--;
@@ -192,7 +191,8 @@ static lp_status unify_pair(lp_axes *axes, lp_pair pair, bool *aligned, lp_error
             *aligned = false;
             break;
         }
-        b = lp_axes_find(axes, axes->gather[axes->gather_count - 1]);
+        b_met = axes->gather[axes->gather_count - 1];
+        b = lp_axes_find(axes, b_met);
         b_size = axes->atoms[b].size;
         if (axes->atoms[b].definition == LP_PRODUCT || b_size == 1) {
             lp_expr parts = axes->atoms[b].parts;
@@ -207,7 +207,7 @@ static lp_status unify_pair(lp_axes *axes, lp_pair pair, bool *aligned, lp_error
         } else if (a_size == b_size) {
             axes->stack_count--;
             axes->gather_count--;
-            LP_TRY(merge(axes, a, b, (lp_rule)pair.rule, aligned, err));
+            LP_TRY(merge(axes, a_met, b_met, (lp_rule)pair.rule, aligned, err));
         } else if (a_size % b_size == 0) {
             LP_TRY(lp_axes_factor(axes, a, b_size, aligned, 0, err));
         } else if (b_size % a_size == 0) {

@@ -51,6 +51,7 @@ lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim
                               bool integral, uint64_t storage, lp_error *err)
 {
     void *block = graph->tensors;
+    int64_t elements = 1;
     lp_tensor *tensor;
 
     if (ndim > LP_MAX_DIMS)
@@ -68,6 +69,9 @@ lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim
         if (sizes[d] < 0)
             return lp_error_set(err, LP_ERR_TRACE, "tensor %zu has size %lld in dimension %zu",
                                 graph->tensor_count, (long long)sizes[d], d);
+        if (!lp_mul_i64(elements, sizes[d] > 0 ? sizes[d] : 1, &elements))
+            return lp_error_set(err, LP_ERR_OVERFLOW, "tensor %zu has more than 2^63 elements",
+                                graph->tensor_count);
         tensor->sizes[d] = sizes[d];
     }
     tensor->ndim = (uint8_t)ndim;
@@ -395,7 +399,9 @@ lp_status lp_set_output(lp_run *run, const lp_op *op, size_t i, const lp_expr *d
     for (size_t d = 0; d < out->ndim; d++) {
         if (out->known)
             LP_TRY(lp_unify_dims(run, out->dims[d], dims[d], LP_RULE_EQUAL, err));
-        else if (out->sizes[d] != 0 && lp_axes_size(run->axes, dims[d]) != out->sizes[d])
+        else if (out->sizes[d] == 0)
+            out->dims[d] = LP_EMPTY;
+        else if (lp_axes_size(run->axes, dims[d]) != out->sizes[d])
             return lp_error_set(
                 err, LP_ERR_INTERNAL,
                 "operation %u: the rule gave dimension %zu of its output size %lld where the forward "
@@ -430,7 +436,7 @@ static lp_status note_dim_atom(lp_graph *graph, uint32_t tensor, uint32_t dim, l
 lp_status lp_set_fresh(lp_run *run, const lp_op *op, size_t i, lp_reason reason, lp_error *err)
 {
     lp_tensor *out = lp_op_output(run->graph, op, i);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (out == NULL)
         return LP_OK;
@@ -522,11 +528,29 @@ static lp_status adopt_input(lp_graph *graph, lp_tensor *tensor, void *context, 
     return LP_OK;
 }
 
+static bool has_no_elements(const lp_tensor *tensor)
+{
+    for (size_t d = 0; d < tensor->ndim; d++)
+        if (tensor->sizes[d] == 0)
+            return true;
+    return false;
+}
+
+/* Integers written in place no longer name positions, through whichever view they are read. */
+static void forget_values(lp_graph *graph, const lp_tensor *written)
+{
+    for (size_t t = 0; t < graph->tensor_count; t++)
+        if (graph->tensors[t].storage_id == written->storage_id) {
+            graph->tensors[t].has_values = false;
+            graph->tensors[t].values_of = LP_NO_OP;
+        }
+}
+
 static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
 {
     lp_graph *graph = run->graph;
     lp_origin origin = {false, false};
-    bool empty = false, weight;
+    bool empty = false, full = false, weight;
 
     LP_TRY(visit_inputs(graph, op, adopt_input, &origin, err));
     weight = origin.weight && !origin.value && op->rule != lp_rule_embedding;
@@ -534,10 +558,10 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
     run->axes->quiet = !op->live;
     for (size_t i = 0; i < op->output_count; i++) {
         lp_tensor *out = lp_op_output(graph, op, i);
-        for (size_t d = 0; out != NULL && d < out->ndim; d++)
-            empty |= out->sizes[d] == 0;
+        if (out != NULL)
+            *(has_no_elements(out) ? &empty : &full) = true;
     }
-    if (empty) { /* nothing passes through an empty result */
+    if (empty && !full) { /* nothing passes through an empty result */
         for (size_t i = 0; i < op->output_count; i++)
             LP_TRY(lp_set_fresh(run, op, i, LP_REASON_CONSTANT, err));
     } else if (op->rule != NULL) {
@@ -550,6 +574,8 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
     }
     for (size_t i = 0; i < op->output_count; i++) {
         lp_tensor *out = lp_op_output(graph, op, i);
+        if (out != NULL && (op->flags & LP_OP_MUTATES) != 0 && out->integral)
+            forget_values(graph, out);
         if (out != NULL && (op->flags & LP_OP_MUTATES) == 0 && out->role == LP_TENSOR_VALUE)
             out->weight = weight;
         else if (out != NULL && !weight)

@@ -315,10 +315,14 @@ lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_
                                const lp_axis *outer, const int64_t *chosen, size_t per_outer, uint8_t *flags,
                                lp_error *err)
 {
-    const lp_occurrence *item = &graph->occurrences.items[axis->members[member].occurrence];
+    const lp_occurrence *item;
     const lp_loop *around = NULL;
     lp_odometer wheel;
 
+    if (member >= axis->member_count)
+        return lp_error_set(err, LP_ERR_ARGUMENT, "the axis has %zu members, not %zu", axis->member_count,
+                            member + 1);
+    item = &graph->occurrences.items[axis->members[member].occurrence];
     for (uint32_t i = 0; i < item->loop_count; i++)
         if (graph->occurrences.loops[item->loop_first + i].atom == outer->root)
             around = &graph->occurrences.loops[item->loop_first + i];

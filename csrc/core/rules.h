@@ -8,7 +8,8 @@
 
 /* rules_point.c: element by element */
 enum { LP_POINT_PLAIN = 0, LP_POINT_NONLINEAR, LP_POINT_PRODUCT, LP_POINT_SUM };
-LP_DECLARE_RULE(lp_rule_keep);
+enum { LP_KEEP_ALL = 0, LP_KEEP_SHAPE };
+LP_DECLARE_RULE(lp_rule_keep);    /* detail: do the elements stay, or is only the shape taken? */
 LP_DECLARE_RULE(lp_rule_factory); /* detail: lp_reason or LP_REASON_NONE */
 LP_DECLARE_RULE(lp_rule_nothing);
 LP_DECLARE_RULE(lp_rule_glu);

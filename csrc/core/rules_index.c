@@ -5,7 +5,7 @@ lp_status lp_rule_embedding(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *table = lp_op_tensor(run->graph, op, 0), *index = lp_op_tensor(run->graph, op, 1);
     lp_tensor *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (table == NULL || index == NULL || out == NULL || table->ndim != 2 || index->ndim + 1 != out->ndim)
         return lp_rule_unknown(run, op, err);
@@ -20,7 +20,7 @@ lp_status lp_rule_embedding(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_index_select(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *self = lp_op_tensor(run->graph, op, 0), *index = lp_op_tensor(run->graph, op, 2);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t dim;
 
     if (self == NULL || index == NULL || self->ndim == 0)
@@ -106,7 +106,7 @@ static lp_status indexed_dims(lp_run *run, lp_tensor *self, lp_arg list, const i
                               size_t out_ndim, lp_expr *dims, bool *known, lp_error *err)
 {
     lp_graph *graph = run->graph;
-    lp_expr joint[LP_MAX_DIMS], kept[LP_MAX_DIMS];
+    lp_expr joint[LP_MAX_DIMS] = {{0, 0}}, kept[LP_MAX_DIMS] = {{0, 0}};
     size_t joint_ndim = 0, first = LP_MAX_DIMS, last = 0, used = 0, at = 0, kept_count = 0, before = 0;
     bool adjacent, masked = false;
 
@@ -165,7 +165,7 @@ lp_status lp_rule_index(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *self = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
     lp_arg list = lp_op_arg(run->graph, op, 1);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     bool known;
 
     if (self == NULL || out == NULL || list.tag != LP_ARG_TENSORS)
@@ -196,17 +196,37 @@ lp_status lp_rule_index(lp_run *run, const lp_op *op, lp_error *err)
     return lp_set_output(run, op, 0, dims, err);
 }
 
+/* A boolean mask of two or more dimensions has the sizes of those it covers. */
+static bool covers(lp_run *run, const lp_tensor *self, lp_arg list, const lp_tensor **mask)
+{
+    *mask = list.count == 1 && list.values[0] >= 0 ? &run->graph->tensors[list.values[0]] : NULL;
+    if (*mask == NULL || (*mask)->ndim < 2 || (*mask)->ndim > self->ndim || (*mask)->has_values)
+        return false;
+    for (size_t d = 0; d < (*mask)->ndim; d++)
+        if ((*mask)->sizes[d] != self->sizes[d])
+            return false;
+    return true;
+}
+
 lp_status lp_rule_index_put(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *self = lp_op_tensor(run->graph, op, 0), *values = lp_op_tensor(run->graph, op, 2);
     lp_arg list = lp_op_arg(run->graph, op, 1);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     int64_t sizes[LP_MAX_DIMS];
     size_t joint = 0, indexed = 0, ndim;
+    const lp_tensor *mask;
     bool known;
 
     if (self == NULL || values == NULL || list.tag != LP_ARG_TENSORS)
         return lp_rule_unknown(run, op, err);
+    if (covers(run, self, list, &mask)) {
+        for (size_t d = 0; d < mask->ndim; d++)
+            LP_TRY(lp_unify_dims(run, self->dims[d], mask->dims[d], LP_RULE_EQUAL, err));
+        if (values->ndim > 0)
+            return lp_rule_unknown(run, op, err);
+        return lp_set_output(run, op, 0, self->dims, err);
+    }
     for (size_t i = 0; i < list.count; i++) {
         const lp_tensor *index = list.values[i] >= 0 ? &run->graph->tensors[list.values[i]] : NULL;
         indexed += index != NULL;
@@ -267,7 +287,7 @@ lp_status lp_rule_topk(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *self = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
     lp_tensor *indices = lp_op_output(run->graph, op, 1), *shape = out != NULL ? out : indices;
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t dim;
 
     if (self == NULL || shape == NULL || self->ndim == 0)

@@ -70,7 +70,7 @@ lp_status lp_rule_matmul(lp_run *run, const lp_op *op, lp_error *err)
               *b = lp_op_tensor(run->graph, op, op->detail + 1u);
     lp_tensor *out = lp_op_output(run->graph, op, 0),
               *bias = op->detail == 1 ? lp_op_tensor(run->graph, op, 0) : NULL;
-    lp_expr dims[LP_MAX_DIMS], batch = LP_EMPTY, free_a, free_b, k_a, k_b;
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, batch = LP_EMPTY, free_a, free_b, k_a, k_b;
     size_t na, nb, batches_a, batches_b, batches, at = 0;
 
     if (a == NULL || b == NULL || out == NULL || a->ndim == 0 || b->ndim == 0)
@@ -116,7 +116,7 @@ lp_status lp_rule_linear(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *x = lp_op_tensor(run->graph, op, 0), *w = lp_op_tensor(run->graph, op, 1);
     lp_tensor *bias = lp_op_tensor(run->graph, op, 2), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t last;
 
     if (x == NULL || w == NULL || out == NULL || w->ndim != 2 || x->ndim == 0)
@@ -138,7 +138,7 @@ lp_status lp_rule_grouped_mm(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *a = lp_op_tensor(run->graph, op, 0), *b = lp_op_tensor(run->graph, op, 1);
     lp_tensor *offsets = lp_op_tensor(run->graph, op, 2), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[2];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (a == NULL || b == NULL || out == NULL || a->ndim != 2 || b->ndim != 3 || out->ndim != 2)
         return lp_rule_unknown(run, op, err);
@@ -175,7 +175,7 @@ lp_status lp_rule_attention(lp_run *run, const lp_op *op, lp_error *err)
     lp_tensor *q = lp_op_tensor(run->graph, op, 0), *k = lp_op_tensor(run->graph, op, 1);
     lp_tensor *v = lp_op_tensor(run->graph, op, 2), *out = lp_op_output(run->graph, op, 0);
     lp_tensor *mask = op->detail != 0 ? lp_op_tensor(run->graph, op, op->detail) : NULL;
-    lp_expr dims[LP_MAX_DIMS], scores[LP_MAX_DIMS], batch = LP_EMPTY;
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, scores[LP_MAX_DIMS] = {{0, 0}}, batch = LP_EMPTY;
     int64_t sizes[LP_MAX_DIMS];
     bool scaled = false;
     size_t n, arguments = lp_op_arg_count(run->graph, op);
@@ -225,7 +225,7 @@ lp_status lp_rule_convolution(lp_run *run, const lp_op *op, lp_error *err)
     lp_tensor *bias = lp_op_tensor(run->graph, op, 2), *out = lp_op_output(run->graph, op, 0);
     bool transposed = lp_op_int(run->graph, op, 6, 0) != 0, aligned = true;
     int64_t groups = lp_op_int(run->graph, op, 8, 1);
-    lp_expr dims[LP_MAX_DIMS], channels[2], features[2], made;
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, channels[2], features[2], made;
 
     if (x == NULL || w == NULL || out == NULL || x->ndim < 3 || w->ndim != x->ndim || groups < 1)
         return lp_rule_unknown(run, op, err);
@@ -283,7 +283,7 @@ lp_status lp_rule_triangular(lp_run *run, const lp_op *op, lp_error *err)
     LP_TRY(lp_axes_note(run->axes, a->dims[n - 2], LP_REASON_ORDER, err));
     LP_TRY(lp_axes_note(run->axes, b->dims[n - 2], LP_REASON_ORDER, err));
     {
-        lp_expr dims[LP_MAX_DIMS];
+        lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
         for (size_t d = 0; d < n; d++)
             dims[d] = d + 2 < n && b->sizes[d] == 1 ? a->dims[d] : b->dims[d];
         return lp_set_output(run, op, 0, dims, err);

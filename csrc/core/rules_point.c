@@ -40,7 +40,7 @@ lp_status lp_rule_pointwise(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *inputs[LP_MAX_DIMS], *out = lp_op_output(run->graph, op, 0);
     size_t count = 0, arguments = lp_op_arg_count(run->graph, op);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     for (size_t i = 0; i < arguments && count < LP_MAX_DIMS; i++) {
         lp_tensor *input = lp_op_tensor(run->graph, op, i);
@@ -108,7 +108,7 @@ lp_status lp_rule_keep(lp_run *run, const lp_op *op, lp_error *err)
         }
         if (out != input)
             LP_TRY(lp_set_output(run, op, i, input->dims, err));
-        if (out->integral && input->integral) {
+        if (out->integral && input->integral && op->detail == LP_KEEP_ALL) {
             out->has_values = input->has_values;
             out->values = input->values;
             out->values_of = input->values_of;
@@ -149,7 +149,7 @@ lp_status lp_rule_unknown(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_glu(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS], halves[2];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, halves[2];
     size_t dim;
     int64_t half;
     bool aligned;
@@ -158,6 +158,8 @@ lp_status lp_rule_glu(lp_run *run, const lp_op *op, lp_error *err)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 1, -1), input->ndim);
     half = input->sizes[dim] / 2;
+    if (half == 0 || out->ndim != input->ndim)
+        return lp_rule_unknown(run, op, err);
     LP_TRY(lp_axes_cut(run->axes, input->dims[dim], &half, 1, halves, &aligned, err));
     if (!aligned)
         return lp_rule_unknown(run, op, err);

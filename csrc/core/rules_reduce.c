@@ -25,7 +25,7 @@ static lp_status reduce(lp_run *run, const lp_op *op, lp_arg which, unsigned eff
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
     bool gone[LP_MAX_DIMS], all = (which.tag != LP_ARG_INT && which.tag != LP_ARG_INTS) || which.count == 0;
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t at = 0;
 
     for (size_t i = 1; out == NULL && i < op->output_count; i++)
@@ -118,7 +118,7 @@ lp_status lp_rule_layer_norm(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0);
     lp_arg shape = lp_op_arg(run->graph, op, 1);
-    lp_expr reduced[LP_MAX_DIMS];
+    lp_expr reduced[LP_MAX_DIMS] = {{0, 0}};
     size_t kept;
 
     if (input == NULL || shape.tag != LP_ARG_INTS || shape.count > input->ndim)
@@ -195,7 +195,7 @@ lp_status lp_rule_batch_norm(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_pool(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (input == NULL || out == NULL || input->ndim < op->detail || out->ndim != input->ndim)
         return lp_rule_unknown(run, op, err);

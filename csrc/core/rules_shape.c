@@ -28,7 +28,7 @@ static lp_status freeze_through(lp_run *run, const lp_op *op, const lp_tensor *i
 lp_status lp_rule_view(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr whole = LP_EMPTY, dims[LP_MAX_DIMS];
+    lp_expr whole = LP_EMPTY, dims[LP_MAX_DIMS] = {{0, 0}};
     int64_t before = 1, after = 1;
     bool aligned;
 
@@ -53,7 +53,7 @@ lp_status lp_rule_view(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_squeeze(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t from = 0;
 
     if (input == NULL || out == NULL)
@@ -76,7 +76,7 @@ lp_status lp_rule_permute(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
     lp_arg order = lp_op_arg(run->graph, op, 1);
-    lp_expr dims[LP_MAX_DIMS], swap;
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, swap;
     size_t n, a, b;
 
     if (input == NULL || out == NULL || out->ndim != input->ndim)
@@ -108,7 +108,7 @@ lp_status lp_rule_permute(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_expand(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (input == NULL || out == NULL || out->ndim < input->ndim)
         return lp_rule_unknown(run, op, err);
@@ -126,7 +126,7 @@ lp_status lp_rule_expand(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_repeat(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS], times;
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, times;
 
     if (input == NULL || out == NULL || out->ndim < input->ndim)
         return lp_rule_unknown(run, op, err);
@@ -134,6 +134,8 @@ lp_status lp_rule_repeat(lp_run *run, const lp_op *op, lp_error *err)
         size_t lead = out->ndim - input->ndim;
         lp_expr inner = d >= lead ? input->dims[d - lead] : LP_EMPTY;
         int64_t size = d >= lead ? input->sizes[d - lead] : 1;
+        if (size == 0)
+            return lp_rule_unknown(run, op, err);
         LP_TRY(lp_axes_fresh(run->axes, out->sizes[d] / size, &times, err));
         LP_TRY(lp_axes_concat(run->axes, times, inner, &dims[d], err));
     }
@@ -145,7 +147,7 @@ lp_status lp_rule_cat(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_arg list = lp_op_arg(run->graph, op, 0);
     lp_tensor *out = lp_op_output(run->graph, op, 0), *first = NULL;
-    lp_expr dims[LP_MAX_DIMS], *terms;
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, *terms;
     size_t dim, count = 0, capacity = 0;
     void *block = NULL;
     lp_status status;
@@ -185,17 +187,21 @@ lp_status lp_rule_stack(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_arg list = lp_op_arg(run->graph, op, 0);
     lp_tensor *out = lp_op_output(run->graph, op, 0), *first;
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t dim;
 
     if (list.tag != LP_ARG_TENSORS || list.count == 0 || list.values[0] < 0 || out == NULL || out->ndim == 0)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 1, 0), out->ndim);
     first = &run->graph->tensors[list.values[0]];
+    if (out->ndim != first->ndim + 1u)
+        return lp_rule_unknown(run, op, err);
     for (size_t d = 0; d < out->ndim; d++)
         dims[d] = d == dim ? LP_EMPTY : first->dims[d < dim ? d : d - 1];
     for (size_t i = 1; i < list.count; i++) {
-        const lp_tensor *tensor = &run->graph->tensors[list.values[i]];
+        const lp_tensor *tensor = list.values[i] >= 0 ? &run->graph->tensors[list.values[i]] : NULL;
+        if (tensor == NULL || tensor->ndim != first->ndim)
+            return lp_rule_unknown(run, op, err);
         for (size_t d = 0; d < first->ndim; d++)
             LP_TRY(lp_unify_dims(run, first->dims[d], tensor->dims[d], lp_rule_between(first, tensor), err));
     }
@@ -208,7 +214,7 @@ lp_status lp_rule_pad(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
     lp_arg pad = lp_op_arg(run->graph, op, 1);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (input == NULL || out == NULL || pad.tag != LP_ARG_INTS || out->ndim != input->ndim)
         return lp_rule_unknown(run, op, err);
@@ -252,7 +258,7 @@ static lp_status stride(lp_run *run, const lp_op *op, lp_tensor *input, size_t d
 {
     lp_tensor *out = lp_op_output(run->graph, op, 0);
     int64_t sizes[2] = {input->sizes[dim] / step, step};
-    lp_expr pair[2], dims[LP_MAX_DIMS];
+    lp_expr pair[2], dims[LP_MAX_DIMS] = {{0, 0}};
     bool aligned = input->sizes[dim] % step == 0 && out->sizes[dim] == sizes[0];
 
     copy_dims(input, dims);
@@ -291,12 +297,13 @@ static lp_status fix_borders(lp_run *run, const lp_op *op, const lp_expr *pieces
 lp_status lp_rule_slice(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS], pieces[3];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, pieces[3];
     int64_t size, start, end, step, offsets[2];
     size_t dim, count = 0;
     bool aligned;
 
-    if (input == NULL || out == NULL || input->ndim == 0)
+    if (input == NULL || out == NULL || input->ndim == 0 || out->ndim != input->ndim ||
+        lp_op_int(run->graph, op, 4, 1) < 1)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 1, 0), input->ndim);
     size = input->sizes[dim];
@@ -334,9 +341,9 @@ lp_status lp_rule_slice(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_pieces(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0);
-    size_t dim, count = op->output_count, capacity = 0, piece_capacity = 0;
-    int64_t *offsets, at = 0;
-    lp_expr *pieces, dims[LP_MAX_DIMS];
+    size_t dim, count = op->output_count, capacity = 0, piece_capacity = 0, cuts = 0, piece = 0;
+    int64_t *offsets, at = 0, total = 0;
+    lp_expr *pieces, dims[LP_MAX_DIMS] = {{0, 0}};
     void *block = NULL, *piece_block = NULL;
     lp_status status = LP_OK;
     bool aligned = true;
@@ -344,28 +351,38 @@ lp_status lp_rule_pieces(lp_run *run, const lp_op *op, lp_error *err)
     if (input == NULL || input->ndim == 0 || count == 0)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 2, 0), input->ndim);
-    for (size_t i = 0; i < count; i++)
-        if (lp_op_output(run->graph, op, i) == NULL)
+    for (size_t i = 0; i < count; i++) {
+        const lp_tensor *out = lp_op_output(run->graph, op, i);
+        if (out == NULL || out->ndim != input->ndim)
             return lp_rule_unknown(run, op, err);
+        total += out->sizes[dim] <= input->sizes[dim] ? out->sizes[dim] : 0;
+    }
+    if (total != input->sizes[dim])
+        return lp_error_set(err, LP_ERR_TRACE,
+                            "operation %u: the pieces do not cover dimension %zu of size %lld", op->index,
+                            dim, (long long)input->sizes[dim]);
     LP_TRY(lp_grow(&run->graph->allocator, &block, &capacity, count, sizeof *offsets, err));
     offsets = block;
     status = lp_grow(&run->graph->allocator, &piece_block, &piece_capacity, count, sizeof *pieces, err);
     pieces = piece_block;
-    for (size_t i = 0; i < count; i++) {
-        at += lp_op_output(run->graph, op, i)->sizes[dim];
-        offsets[i] = at;
+    for (size_t i = 0; i < count; i++) { /* pieces of size 0 make no border */
+        int64_t size = lp_op_output(run->graph, op, i)->sizes[dim];
+        if (at > 0 && size > 0)
+            offsets[cuts++] = at;
+        at += size;
     }
     if (status == LP_OK)
-        status = lp_axes_cut(run->axes, input->dims[dim], offsets, count - 1, pieces, &aligned, err);
+        status = lp_axes_cut(run->axes, input->dims[dim], offsets, cuts, pieces, &aligned, err);
     if (status == LP_OK && !aligned) {
         status = freeze_through(run, op, input, LP_REASON_MISALIGNED, err);
     } else if (status == LP_OK) {
         copy_dims(input, dims);
         for (size_t i = 0; status == LP_OK && i < count; i++) {
-            dims[dim] = pieces[i];
+            bool empty = lp_op_output(run->graph, op, i)->sizes[dim] == 0;
+            dims[dim] = empty ? LP_EMPTY : pieces[piece++];
             keep_values(input, lp_op_output(run->graph, op, i));
             if (op->flags & LP_OP_LITERAL)
-                status = lp_axes_note(run->axes, pieces[i], LP_REASON_FIXED, err);
+                status = lp_axes_note(run->axes, dims[dim], LP_REASON_FIXED, err);
             if (status == LP_OK)
                 status = lp_set_output(run, op, i, dims, err);
         }
@@ -378,7 +395,7 @@ lp_status lp_rule_pieces(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_select(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t dim;
 
     if (input == NULL || input->ndim == 0)
@@ -426,7 +443,7 @@ lp_status lp_rule_reorder(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_unfold(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     size_t dim;
 
     if (input == NULL || out == NULL || input->ndim == 0 || out->ndim != input->ndim + 1)
@@ -463,7 +480,7 @@ lp_status lp_rule_as_complex(lp_run *run, const lp_op *op, lp_error *err)
 lp_status lp_rule_as_real(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS];
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
     if (input == NULL || input->ndim + 1 > LP_MAX_DIMS)
         return lp_rule_unknown(run, op, err);
