@@ -9,6 +9,7 @@ happened inside.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmprune.interrupts import deferred_interrupts
 from llmprune.provenance import SizeMode
 
 _INTERNAL = frozenset({"_parameters", "_buffers", "_modules"})
@@ -50,24 +52,38 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for attributes, before in saved:
-            attributes.clear()
-            attributes.update(before)
-        for container, before_copy in inner:
-            if not container and not before_copy:
-                continue
-            container.clear()
-            if before_copy is None:
-                continue
-            if isinstance(container, list):
-                container.extend(before_copy)
-            else:
-                container.update(before_copy)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if device_states:
-            torch.cuda.set_rng_state_all(device_states)
+        with deferred_interrupts():
+            for attributes, before in saved:
+                attributes.clear()
+                attributes.update(before)
+            for container, before_copy in inner:
+                if not container and not before_copy:
+                    continue
+                container.clear()
+                if before_copy is None:
+                    continue
+                if isinstance(container, list):
+                    container.extend(before_copy)
+                else:
+                    container.update(before_copy)
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])
+            random.setstate(states[2])
+            if device_states:
+                torch.cuda.set_rng_state_all(device_states)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No cycle collection inside: a trace makes many small objects that stay, which each collection would walk anew."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def keep_blocks(model: nn.Module, blocks: Mapping[str, Sequence[int]]) -> None:

@@ -6,19 +6,19 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from llmprune.blocks import Excerpt, find_excerpt
+from llmprune.borrow import no_collection
 from llmprune.errors import InputError, TraceError
+from llmprune.graph import Graph
 from llmprune.inputs import example_inputs
 from llmprune.recording import Recording, Setup
 from llmprune.tape import Tape
-
-if TYPE_CHECKING:
-    from llmprune.graph import Graph
+from llmprune.trial import Trial, freeze_failures
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +39,18 @@ def trace(model: nn.Module, inputs: Any = None) -> Graph:
         TraceError: the model cannot be traced; says at which operation, module and line.
         InputError: the inputs do not fit, or none could be made.
     """
-    from llmprune.graph import Graph
-
     keywords = bind_inputs(model, inputs)
-    tape = _record(model, keywords, "auto", None)
-    excerpt = find_excerpt(model, tape)
-    tape.second = record_second_form(model, keywords, tape, excerpt)
-    graph = Graph.from_tape(tape, model)
-    _try_cuts(model, keywords, graph, excerpt)
+    with no_collection():
+        tape = _record(model, keywords, "auto", None)
+        excerpt = find_excerpt(model, tape)
+        tape.second = record_second_form(model, keywords, tape, excerpt)
+        graph = Graph.from_tape(tape, model)
+        _try_cuts(model, keywords, graph, excerpt)
     return graph
 
 
 def _try_cuts(model: nn.Module, inputs: dict[str, Any], graph: Graph, excerpt: Excerpt) -> None:
     """Freeze the axes without an index of which the model does not run."""
-    from llmprune.graph import Graph
-    from llmprune.trial import Trial, freeze_failures
-
     setup = Setup(meta=graph.tape.device_mode == "meta")
     forms = [None] if graph.tape.second is None else [None, graph.tape.second.attention]
     part = graph
