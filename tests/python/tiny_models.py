@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "RwkvConfig",
         "RwkvForCausalLM",
         {"vocab_size": 101, "hidden_size": 48, "attention_hidden_size": 40, "num_hidden_layers": 2,
-         "intermediate_size": 56, "context_length": 64},
+         "intermediate_size": 56, "context_length": 64, "use_cache": False},
     ),
     "bert": ("BertConfig", "BertForMaskedLM", ENCODER),
     "t5": (
