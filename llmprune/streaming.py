@@ -284,6 +284,10 @@ def streamed_sums(
             ) from error
         except Reroute as reroute:
             if reroute.names <= route.general:  # used in a block and outside of it
+                if not route.blocks:
+                    raise RuntimeError(
+                        f"gradients of {reroute} come in parts that fit no schedule"
+                    ) from reroute
                 route = replace(route, blocks=[])
             else:
                 route = route.without(reroute.names, parameters)
@@ -427,13 +431,13 @@ class _Pass:
         if head is None or not fused or 4 * part.tokens * len(head) < FUSE_BYTES:
             return losses_of(part)
         self.mode.head = head
-        losses_of.logits(part)
+        logits = losses_of.logits(part)
         name = next(
             (n for n, p in self.task.parameters.items() if p is head and n in self.route.streamed), None
         )
         hidden, bias = self.mode.hidden, self.mode.head_bias
-        if hidden is None:
-            raise Reroute({name} if name is not None else set())
+        if hidden is None:  # these samples went another way than the survey's
+            return losses_of.of_logits(logits, part)
         constant = None if bias is None else bias.detach()
         use = None if name is None else HeadRows(self.reducer, name, constant)
         ids = part.inputs["input_ids"]
