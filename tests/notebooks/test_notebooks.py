@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from refresh import NOTEBOOKS, execute
 
-ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEASURED = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?( [KMG]iB)?|-?\d+e[+-]?\d+")  # seconds, memory, errors
 GENERATED = re.compile(
     r"(?<=There were once three friends named ).*", re.DOTALL
@@ -30,21 +26,6 @@ def outputs(notebook: nbformat.NotebookNode) -> list[tuple[str, list[str]]]:
         text = PADDING.sub(" ", MEASURED.sub("#", GENERATED.sub("(a story)", text)))
         cells.append((text, [kind for output in cell.outputs for kind in sorted(output.get("data", {}))]))
     return cells
-
-
-def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> nbformat.NotebookNode:
-    """The notebook executed anew in its own folder, with this checkout's llmprune and one thread."""
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    )
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    notebook: Any = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs = []
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
-    return notebook
 
 
 def test_there_are_notebooks() -> None:
@@ -65,6 +46,6 @@ def test_notebook_is_committed_executed_and_small(path: Path) -> None:
 
 @pytest.mark.filterwarnings("default")  # of jupyter's own machinery
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_gives_what_it_shows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_gives_what_it_shows(path: Path) -> None:
     committed = outputs(nbformat.read(path, as_version=4))
-    assert outputs(run(path, monkeypatch)) == committed
+    assert outputs(execute(path)) == committed, "if the change is meant: python tests/notebooks/refresh.py"
