@@ -70,7 +70,7 @@ pytest: $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
-	set -e; for file in benchmarks/bench_*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+	set -e; for file in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file"; done
 
 # --- C tests: no Python involved ------------------------------------------------------------------------------------
 # Each tests/{core,kernels}/test_*.c is a program that exits 0 when it passes; other .c files there are shared by all.

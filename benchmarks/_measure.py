@@ -103,6 +103,23 @@ def matmul_rate(size: int = 1024, repeats: int = 9) -> float:
     )
 
 
+def paired(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """Median over the rounds of how many times longer ``name`` took than ``base`` in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def commit() -> str:
+    """The commit measured, with a mark where the working tree differs from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=RESULTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     model = platform.processor()
@@ -116,6 +133,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load": Path("/proc/loadavg").read_text().split()[0],
+        "commit": commit(),
     }
 
 

@@ -110,6 +110,21 @@ static const unsigned char *x_at(const job *j, size_t token, size_t panel)
     return (const unsigned char *)j->x + (token * j->x_stride + panel * j->tile->columns) * j->width;
 }
 
+static const unsigned char *weight_at(const job *j, size_t o, size_t panel)
+{
+    return (const unsigned char *)j->linear->weight +
+           (o * j->linear->weight_stride + panel * j->tile->columns) * j->width;
+}
+
+/* Ask for the corner of the weight that a tile is about to be reduced against: its rows lie far apart in memory that is
+ * read once, so nothing else would. */
+static void fetch_weight(const job *j, size_t o, size_t panel, size_t columns)
+{
+    for (size_t r = o; r < j->out && r < o + j->tile->rows; r++)
+        for (size_t byte = 0; byte < columns * j->width; byte += 64)
+            __builtin_prefetch(weight_at(j, r, panel) + byte, 0, 2);
+}
+
 /* Pass `pass` of one block of output features through the states of the panels [panel_first, panel_end). */
 static void run_pass(const job *j, size_t pass, size_t out_first, size_t out_count, size_t panel_first,
                      size_t panel_end, bool pack_dy, unsigned char *x, unsigned char *dy,
@@ -135,6 +150,8 @@ static void run_pass(const job *j, size_t pass, size_t out_first, size_t out_cou
             /* Each tile fetches one cache line of every token of the panel to come. */
             bool fetch = next != NULL && line < tile->columns * j->width;
 
+            if (pass + 1 == j->passes)
+                fetch_weight(j, out_first + k * tile->rows, p, count);
             tile->run(states, x, dy + k * tile->rows * s.tokens * tile->real, s.each, s.samples, s.flags,
                       fetch ? (uintptr_t)next + line : (uintptr_t)x, fetch ? step : 0);
         }
@@ -164,11 +181,9 @@ static void run_block(const job *j, size_t block, size_t panel_first, size_t pan
             for (size_t k = 0; k < tiles; k++, state += j->state_bytes) {
                 size_t o = out_first + k * tile->rows;
 
-                tile->reduce(state,
-                             (const char *)j->linear->weight +
-                                 (o * j->linear->weight_stride + in_first) * j->width,
-                             j->linear->dtype, j->linear->weight_stride, at_most(tile->rows, j->out - o),
-                             in_count, j->linear->samples, j->flags, rows + o, columns + in_first);
+                tile->reduce(state, weight_at(j, o, q), j->linear->dtype, j->linear->weight_stride,
+                             at_most(tile->rows, j->out - o), in_count, j->linear->samples, j->flags,
+                             rows + o, columns + in_first);
             }
         }
     }
