@@ -86,7 +86,8 @@ class _Maker:
                 ids[:, 0] = start
             ids = torch.cat((ids[:, :1], block, ids[:, 1:]), dim=1)
         end = _get(text, "eos_token_id")
-        if "pixel_values" in inputs and image is None and isinstance(end, int):
+        usable = isinstance(end, int) and 0 <= end < _get(text, "vocab_size", default=0)
+        if "pixel_values" in inputs and image is None and usable:
             ids[:, -1] = end  # two towers: the text's vector is read where it ends
         inputs["input_ids"] = ids
         if "attention_mask" in self.names:

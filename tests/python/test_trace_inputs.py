@@ -30,6 +30,13 @@ def test_token_ids_are_ordinary_ones_and_sequences_fit() -> None:
     assert (example_inputs(build("llama"), length=11)["attention_mask"].shape) == (2, 11)
 
 
+def test_a_special_token_outside_the_vocabulary_is_left_out() -> None:
+    text = {**FAMILIES["clip"][2]["text_config"], "eos_token_id": 49407}
+    ids = example_inputs(build("clip", text_config=text))["input_ids"]
+    assert ids.max() < 101
+    assert (example_inputs(build("clip"))["input_ids"][:, -1] == 2).all()
+
+
 def test_floating_inputs_have_the_models_type() -> None:
     assert example_inputs(build("vit").bfloat16())["pixel_values"].dtype is torch.bfloat16
 
