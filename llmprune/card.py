@@ -23,6 +23,7 @@ _OPTIONS = (
 
 def model_card(
     record: Compaction,
+    parameters: int,
     form: str,
     name: str,
     auto_class: str,
@@ -32,16 +33,18 @@ def model_card(
     """The card's text.
 
     Args:
-        record: the model's record.
+        record: the model's record; one without a history tells less.
+        parameters: the model's parameter count, tied ones once.
         form: ``stock`` or ``universal``.
         name: the folder's name.
         auto_class: the Auto class that loads it.
         base: where the original came from; only a hub name (``owner/name``) is told.
         figures: further rows of the table: what -> value, or -> (before, after).
     """
-    first, last = record.history[0], record.history[-1]
-    before, after = first.parameters_before, last.parameters_after
-    removed = f"{(before - after) / before:.1%} fewer" if before else ""
+    sizes = ("", f"{parameters:,}", "")
+    if record.history:
+        before = record.history[0].parameters_before
+        sizes = (f"{before:,}", f"{parameters:,}", f"{(before - parameters) / before:.1%} fewer")
     remote = ", trust_remote_code=True" if form == "universal" else ""
     head = ["---", "library_name: transformers", "tags:", "- pruned", "- llmprune"]
     if _is_hub_name(base):
@@ -58,7 +61,7 @@ def model_card(
         "",
         "| | before | after | |",
         "| --- | ---: | ---: | --- |",
-        f"| parameters | {before:,} | {after:,} | {removed} |",
+        f"| parameters | {sizes[0]} | {sizes[1]} | {sizes[2]} |",
     ]
     for what, value in (figures or {}).items():
         pair = value if isinstance(value, tuple | list) and len(value) == 2 else ("", value)

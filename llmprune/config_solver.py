@@ -80,8 +80,11 @@ def proposals(model: Any, record: Compaction, base: Any) -> Iterator[Any]:
         small = whole  # the config lists sizes for each layer or stage
     else:
         return
-    for changes in _solutions(small, target):
-        if whole.observe(changes) == target:
+    values, given = whole.fields(), set()
+    for solution in _solutions(small, target):
+        changes = {field: value for field, value in solution.items() if values.get(field) != value}
+        if frozenset(changes.items()) not in given and whole.observe(changes) == target:
+            given.add(frozenset(changes.items()))
             yield whole.config(changes)
 
 
@@ -102,6 +105,14 @@ class _Builder:
             field, old, new = self.depth
             _put(self.values, field, new)
             _truncate(self.values, old, new)
+
+    def stating(self, values: Mapping[Field, int]) -> _Builder:
+        """A builder whose config says what it left to the class."""
+        other = copy.copy(self)
+        other.values = copy.deepcopy(self.values)
+        for field, value in values.items():
+            _put(other.values, field, value)
+        return other
 
     def config(self, changes: Mapping[Field, int]) -> Any:
         """The config with ``changes``, as it would be read from a file."""
@@ -128,7 +139,11 @@ class _Builder:
 
 
 def _solutions(builder: _Builder, target: Mapping[Key, int]) -> Iterator[dict[Field, int]]:
-    """Changes that give the target in a (shallower) model, by rising number of fields."""
+    """Changes that give the target in a (shallower) model, by rising number of fields.
+
+    First of the fields that the config states. Then also of those it leaves open: a head width that follows from the
+    number of heads moves the wrong sizes, until it is stated.
+    """
     start = builder.observe({})
     if start is None:
         return
@@ -137,23 +152,29 @@ def _solutions(builder: _Builder, target: Mapping[Key, int]) -> Iterator[dict[Fi
         yield {}
         return
     values = builder.fields()
+    yield from _choices(builder, values, {}, start, target, wrong)
+    stated = _unset_fields(builder, start, wrong)
+    if stated:
+        yield from _choices(builder.stating(stated), {**values, **stated}, stated, start, target, wrong)
+
+
+def _choices(
+    builder: _Builder,
+    values: Mapping[Field, int],
+    stated: Mapping[Field, int],
+    start: Mapping[Key, int],
+    target: Mapping[Key, int],
+    wrong: set[Key],
+) -> Iterator[dict[Field, int]]:
+    """Solutions that change few fields, ``stated`` ones included."""
     effects = _effects(builder, values, start)
-    if not wrong <= set().union(*effects.values()):
-        hidden = _unset_fields(builder, start, wrong)
-        values.update(hidden)
-        # Fields that were derived before (a width from a head count) move other sizes once they are given.
-        builder = copy.copy(builder)
-        builder.values = copy.deepcopy(builder.values)
-        for field, value in hidden.items():
-            _put(builder.values, field, value)
-        effects = _effects(builder, values, start)
     useful = [field for field, moved in effects.items() if moved & wrong]
     for number in range(1, min(MAX_FIELDS, len(useful)) + 1):
         for chosen in itertools.combinations(useful, number):
             if wrong <= set().union(*(effects[field] for field in chosen)):
                 solved = _solve(builder, {field: values[field] for field in chosen}, start, target)
                 if solved is not None:
-                    yield solved
+                    yield {**stated, **solved}
 
 
 def _effects(

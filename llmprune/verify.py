@@ -119,7 +119,7 @@ def compare(
         inputs = example_inputs(model)
     dtype = _narrowest(model)
     wider = WIDER.get(dtype)
-    if wider is None or not _fits(model, wider):
+    if wider is None or not fits(model, wider):
         return _compare_in(model, pruned(model), plan, inputs, dtype)
     if dtype is torch.float32:
         try:
@@ -127,7 +127,7 @@ def compare(
         except VerificationError as error:
             log.debug("comparing again in float64: %s", error)
     copied = copy.deepcopy(model).to(wider)
-    return _compare_in(copied, pruned(copied), plan, _cast(inputs, wider), wider)
+    return _compare_in(copied, pruned(copied), plan, cast(inputs, wider), wider)
 
 
 def _compare_in(
@@ -140,7 +140,7 @@ def _compare_in(
     batches = _batches(inputs)
     compared = masked = 0
     counts: dict[str, int] = {}
-    with _evaluating(model), _evaluating(twin), torch.no_grad():
+    with evaluating(model), evaluating(twin), torch.no_grad():
         for number, batch in enumerate(batches):
             with _masked(model, plan):
                 try:
@@ -273,7 +273,7 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and experts computed as a trace does, inside the block; afterwards as it was."""
     training = [(module, module.training) for module in model.modules()]
     held = (value for module in model.modules() for value in vars(module).values() if is_config(value))
@@ -348,13 +348,13 @@ def _narrowest(model: nn.Module) -> torch.dtype:
     return min(dtypes, key=lambda d: (torch.finfo(d).bits, -torch.finfo(d).eps), default=torch.float32)
 
 
-def _fits(model: nn.Module, dtype: torch.dtype) -> bool:
+def fits(model: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a copy of the model in ``dtype`` and its compacted twin stay below the limit."""
     elements = sum(p.numel() for p in model.parameters())
     return 2 * elements * torch.finfo(dtype).bits // 8 <= WIDEN_LIMIT
 
 
-def _cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def cast(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Floating point inputs (pixels, features) in ``dtype``."""
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
