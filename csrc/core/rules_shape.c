@@ -427,17 +427,18 @@ lp_status lp_rule_select(lp_run *run, const lp_op *op, lp_error *err)
 
 lp_status lp_rule_reorder(lp_run *run, const lp_op *op, lp_error *err)
 {
-    lp_tensor *input = lp_op_tensor(run->graph, op, 0);
+    lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
     lp_arg list = lp_op_arg(run->graph, op, op->detail);
 
-    if (input == NULL)
+    if (input == NULL || out == NULL || out->ndim != input->ndim)
         return lp_rule_unknown(run, op, err);
     if (list.count == 0)
         LP_TRY(lp_freeze_tensor(run, input, LP_REASON_ORDER, err));
     for (size_t i = 0; i < list.count; i++)
         LP_TRY(lp_axes_note(run->axes, input->dims[lp_wrap_dim(list.values[i], input->ndim)], LP_REASON_ORDER,
                             err));
-    return lp_rule_keep(run, op, err);
+    keep_values(input, out);
+    return lp_set_output(run, op, 0, input->dims, err);
 }
 
 lp_status lp_rule_unfold(lp_run *run, const lp_op *op, lp_error *err)

@@ -1,5 +1,7 @@
 #include "tape.h"
 
+#include "core/rules.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -179,4 +181,58 @@ int64_t tape_new_size(tape *t, int64_t tensor, uint32_t dim, const lp_axis *axis
         size = -1;
     free(removed);
     return size;
+}
+
+bool tape_same(tape *t, int64_t a, uint32_t a_dim, size_t n, int64_t b, uint32_t b_dim, size_t m)
+{
+    const lp_axis *axis = tape_axis(t, a, a_dim, n);
+    return axis != NULL && axis == tape_axis(t, b, b_dim, m);
+}
+
+bool tape_prunable(tape *t, int64_t tensor, uint32_t dim, size_t nth)
+{
+    const lp_axis *axis = tape_axis(t, tensor, dim, nth);
+    return axis != NULL && axis->prunable;
+}
+
+bool tape_frozen(tape *t, int64_t tensor, uint32_t dim, size_t nth, lp_reason reason)
+{
+    const lp_axis *axis = tape_axis(t, tensor, dim, nth);
+    return axis != NULL && !axis->prunable && tape_reason(t, axis, reason);
+}
+
+bool tape_marked(tape *t, int64_t tensor, uint32_t dim, lp_reason mark)
+{
+    const lp_axis *axis = tape_axis(t, tensor, dim, 0);
+    return axis != NULL && axis->prunable && (axis->flags & LP_MARKED) != 0 && tape_reason(t, axis, mark);
+}
+
+int64_t tape_produce(tape *t, int64_t features, int64_t *weight)
+{
+    int64_t x = tape_input(t, SHAPE(2, 5));
+    *weight = tape_parameter(t, SHAPE(features, 5));
+    return tape_linear(t, x, *weight, 2, features);
+}
+
+int64_t tape_consume(tape *t, int64_t value, int64_t rows, int64_t features, int64_t *weight)
+{
+    *weight = tape_parameter(t, SHAPE(3, features));
+    return tape_linear(t, value, *weight, rows, 3);
+}
+
+size_t tape_rule_count(void)
+{
+    return lp_rule_count_all();
+}
+
+const char *tape_rule_name(size_t i)
+{
+    return lp_rule_name(i);
+}
+
+bool tape_rule_known(const char *name)
+{
+    lp_rule_fn rule;
+    uint8_t detail;
+    return lp_rule_find(name, &rule, &detail);
 }

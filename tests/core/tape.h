@@ -79,4 +79,21 @@ bool tape_positions(tape *t, const lp_axis *axis, int64_t tensor, uint32_t dim, 
 /* Size of a dimension when the axis loses `count` indices; -1 on failure. */
 int64_t tape_new_size(tape *t, int64_t tensor, uint32_t dim, const lp_axis *axis, int64_t count);
 
+/* Is the nth axis of one dimension the mth of another (and is there one)? */
+bool tape_same(tape *t, int64_t a, uint32_t a_dim, size_t n, int64_t b, uint32_t b_dim, size_t m);
+bool tape_prunable(tape *t, int64_t tensor, uint32_t dim, size_t nth);
+bool tape_frozen(tape *t, int64_t tensor, uint32_t dim, size_t nth, lp_reason reason);
+/* Prunable, and the first axis of the dimension carries the mark. */
+bool tape_marked(tape *t, int64_t tensor, uint32_t dim, lp_reason mark);
+
+/* x (2, 5) -> linear -> value (2, features) and its weight (features, 5); a value (rows, features) -> linear -> the
+ * output (rows, 3) and its weight (3, features). */
+int64_t tape_produce(tape *t, int64_t features, int64_t *weight);
+int64_t tape_consume(tape *t, int64_t value, int64_t rows, int64_t features, int64_t *weight);
+
+/* The table of rules. */
+size_t tape_rule_count(void);
+const char *tape_rule_name(size_t i);
+bool tape_rule_known(const char *name);
+
 #endif
