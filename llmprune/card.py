@@ -56,8 +56,7 @@ def model_card(
         f"# {name}",
         "",
         f"A {record.model_class} made smaller by structured pruning with llmprune: whole {_kinds(record)} are gone, "
-        "and the matrices are dense and smaller. Its outputs equal those of the original model with the same "
-        "structures masked.",
+        "and the matrices that are left are dense and smaller.",
         "",
         "| | before | after | |",
         "| --- | ---: | ---: | --- |",
