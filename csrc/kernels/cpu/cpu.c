@@ -7,6 +7,10 @@
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/tile.h"
 
+#ifdef LP_X86
+#include <cpuid.h>
+#endif
+
 /* One table: its operations bind the generic drivers to one instruction set's parts. */
 #define TABLE(label, text, tiles, tiles_f64, reduce, pack)                                                   \
     static lp_status linear_scores_##label(const lp_linear *linear, double *row, double *col,                \
@@ -67,11 +71,21 @@ TABLE(vbmi2, "avx512", lp_tile_avx512, lp_tile_avx512_f64, lp_reduce_avx512, lp_
 TABLE(neon, "neon", lp_tile_neon, lp_tile_neon_f64, lp_reduce_plain, lp_pack_neon)
 #endif
 
+#ifdef LP_X86
+/* __builtin_cpu_supports knows no "f16c" in Clang 14.  That the system saves the registers is implied by AVX2. */
+static bool has_f16c(void)
+{
+    unsigned eax, ebx, ecx, edx;
+
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 lp_simd lp_cpu_best(void)
 {
 #ifdef LP_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")) {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
