@@ -271,6 +271,8 @@ class Graph:
         for axis_id, count in removed.items():
             if not 0 <= axis_id < len(self.axes):
                 raise PlanError(f"axis {axis_id} does not exist; the graph has {len(self.axes)}")
+            if not 0 <= count <= self.axes[axis_id].size:
+                raise PlanError(f"axis {axis_id} has {self.axes[axis_id].size} indices; {count} cannot go")
             counts[axis_id] = count
         return counts
 
@@ -285,6 +287,7 @@ class Graph:
 
     def new_shapes(self, removed: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters and buffers that change."""
+        self._counts(removed)
         affected = {
             self._ids[name] for axis_id, n in removed.items() if n for name, _ in self.axes[axis_id].places
         }
@@ -335,6 +338,11 @@ class Graph:
                     f"axis {axis_id} has indices 0 to {axis.size - 1}; the plan removes {chosen.max()}"
                 )
             outer = self.outer(axis_id) if chosen.ndim == 2 else None
+            if outer is not None and chosen.shape[0] != self.axes[outer].size:
+                raise PlanError(
+                    f"axis {axis_id} lies in axis {outer} of {self.axes[outer].size} indices; the plan chooses for "
+                    f"{chosen.shape[0]}"
+                )
             for number, (name, dim) in enumerate(axis.places):
                 shape = self.parameters.get(name) or self.buffers[name]
                 flags = gone.setdefault((name, dim), np.zeros(shape[dim], dtype=np.bool_))
@@ -414,7 +422,7 @@ class Graph:
             InputError: no such parameter, dimension or position.
         """
         name = self.tied.get(parameter, parameter)
-        shape = self.parameters.get(name) or self.buffers.get(name)
+        shape = self.parameters.get(name, self.buffers.get(name))
         if shape is None:
             raise InputError(f"the model has no parameter {parameter!r}")
         if not 0 <= dim < len(shape) or not 0 <= index < shape[dim]:
@@ -483,19 +491,23 @@ class Graph:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            InputError: the data is not a graph, or of a newer format.
+            InputError: the data is not a graph, of another format, or damaged.
+            TraceError: its tape describes no forward pass.
         """
-        if data.get("format") != _FORMAT:
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise InputError(f"this is not a graph of format {_FORMAT}; trace the model again")
-        graph = cls(
-            Tape.from_json(data["tape"]),
-            fingerprint=data["fingerprint"],
-            tied=data["tied"],
-            shapes=data["shapes"],
-        )
-        for axis_id, reasons in data["frozen"].items():
-            for reason in reasons:
-                graph.freeze(int(axis_id), reason)
+        try:
+            graph = cls(
+                Tape.from_json(data["tape"]),
+                fingerprint=data["fingerprint"],
+                tied=data["tied"],
+                shapes=data["shapes"],
+            )
+            for axis_id, reasons in data["frozen"].items():
+                for reason in reasons:
+                    graph.freeze(int(axis_id), reason)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"this graph is damaged ({error!r}); trace the model again") from error
         return graph
 
 
