@@ -50,7 +50,7 @@ class Batch:
         """The same samples on ``device``."""
         return Batch({name: t.to(device) for name, t in self.inputs.items()}, self.hash)
 
-    def sketch(self, length: int = 7) -> Batch:
+    def sketch(self, length: int) -> Batch:
         """Three samples for a trial run: two of these (the only one twice), then the first again.
 
         Plain ids are cut to ``length`` tokens, and the last token of the third sample is another than the first's:

@@ -7,6 +7,8 @@ reducer as usual. Neither modules nor their hooks are touched: torch's global fo
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +39,17 @@ class _Call:
     entered: torch.Tensor | None
     left: torch.Tensor | None
     batched: tuple[bool, ...]
+
+
+def give_back_memory() -> None:
+    """Hand pages that are free inside the C library's heap back to the system, where it is glibc; else do nothing.
+
+    What a block allocates and frees leaves holes that the next one's tensors do not fit: without this the heap of a
+    checkpointed pass grows to twice what is ever in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _first_tensor(leaves: list[Any]) -> torch.Tensor | None:
@@ -213,6 +226,7 @@ class Checkpoints:
             with self.recording(start, stop):
                 self._part(run, inputs, gradients, start, stop, totals)
         self.finished(run.block)
+        give_back_memory()
         return totals
 
     def _part(

@@ -34,7 +34,7 @@ from llmprune.errors import CalibrationError
 from llmprune.importance import Importance
 from llmprune.interpose import Interposer
 from llmprune.loss import SampleLosses, check_losses, fused_loss
-from llmprune.recompute import Block, Checkpoints, watch_blocks
+from llmprune.recompute import Block, Checkpoints, give_back_memory, watch_blocks
 from llmprune.reduction import HeadRows, Reducer, Reroute, Sums
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ FUSE_BYTES = 1 << 25
 """Whole float32 logits of at least this size are not formed: the final projection is fused into the loss."""
 STORE_TOKENS = 12_288
 """Up to how many calibration tokens inputs and gradients are kept across batches; above, accumulators are."""
-_SKETCH_TOKENS = 7
+_SKETCH_TOKENS = 4
 
 
 @contextlib.contextmanager
@@ -391,8 +391,12 @@ class _Pass:
                 self.route.blocks, self.samples, self.batch_size, self._recording, self._take_block
             )
         with checkpoints, self.mode:
+            if self.checkpointing:
+                give_back_memory()
             losses = self._losses(part)
         self.mode.forget()
+        if self.checkpointing:
+            give_back_memory()
         check_losses(losses, start)
         if losses.requires_grad:
             (losses.sum() * self.factor).backward()  # type: ignore[no-untyped-call]
