@@ -1,169 +1,28 @@
 /* _core.Graph: the dependency graph for llmprune/graph.py, which gives it its Python face. */
-#include "binding.h"
+#include "tape.h"
 
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
 #include <numpy/arrayobject.h>
-
-#include "core/graph.h"
 
 typedef struct {
     PyObject_HEAD
     lp_graph *graph;
 } GraphObject;
 
+static const lp_module_state *state_of(PyObject *self)
+{
+    return (const lp_module_state *)PyType_GetModuleState(Py_TYPE(self));
+}
+
 static PyObject *raise_status(PyObject *self, const lp_error *err)
 {
-    return lp_raise((const lp_module_state *)PyType_GetModuleState(Py_TYPE(self)), err);
-}
-
-/* ---- reading the tape ------------------------------------------------------------------------------------------------ */
-
-typedef struct {
-    int64_t *items;
-    size_t count, capacity;
-} IntList;
-
-/* Read a sequence of ints into `list`, replacing what it held.  -1 with an exception set. */
-static int read_ints(PyObject *object, IntList *list, const char *what)
-{
-    PyObject *fast = PySequence_Fast(object, what);
-    Py_ssize_t length;
-
-    if (fast == NULL)
-        return -1;
-    length = PySequence_Fast_GET_SIZE(fast);
-    if ((size_t)length > list->capacity) {
-        int64_t *grown = PyMem_Resize(list->items, int64_t, (size_t)length * 2);
-        if (grown == NULL) {
-            Py_DECREF(fast);
-            PyErr_NoMemory();
-            return -1;
-        }
-        list->items = grown;
-        list->capacity = (size_t)length * 2;
-    }
-    for (Py_ssize_t i = 0; i < length; i++) {
-        list->items[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(fast, i));
-        if (list->items[i] == -1 && PyErr_Occurred()) {
-            Py_DECREF(fast);
-            return -1;
-        }
-    }
-    list->count = (size_t)length;
-    Py_DECREF(fast);
-    return 0;
-}
-
-static int read_role(PyObject *object, lp_tensor_role *role)
-{
-    static const char *const names[] = {"value", "parameter", "buffer", "input", "constant"};
-    static const lp_tensor_role roles[] = {LP_TENSOR_VALUE, LP_TENSOR_PARAMETER, LP_TENSOR_BUFFER,
-                                           LP_TENSOR_INPUT, LP_TENSOR_CONSTANT};
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
-        if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, names[i]) == 0) {
-            *role = roles[i];
-            return 0;
-        }
-    PyErr_Format(PyExc_ValueError,
-                 "a tensor's role is one of value, parameter, buffer, input and constant, not %R", object);
-    return -1;
-}
-
-/* [sizes, dtype class, storage, role, ...] */
-static int read_tensor(PyObject *self, PyObject *entry, IntList *sizes)
-{
-    PyObject *fast = PySequence_Fast(entry, "a tensor of the tape is a list");
-    lp_tensor_role role;
-    const char *class;
-    uint64_t storage;
-    lp_error err = {0};
-    int result = -1;
-
-    if (fast == NULL)
-        return -1;
-    if (PySequence_Fast_GET_SIZE(fast) < 4) {
-        PyErr_SetString(PyExc_ValueError,
-                        "a tensor of the tape has sizes, dtype class, storage, role and name");
-        goto done;
-    }
-    if (read_ints(PySequence_Fast_GET_ITEM(fast, 0), sizes, "a tensor's sizes are a list of ints") < 0)
-        goto done;
-    class = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 1));
-    if (class == NULL)
-        goto done;
-    storage = PyLong_AsUnsignedLongLongMask(PySequence_Fast_GET_ITEM(fast, 2));
-    if (PyErr_Occurred() || read_role(PySequence_Fast_GET_ITEM(fast, 3), &role) < 0)
-        goto done;
-    if (lp_graph_add_tensor(((GraphObject *)self)->graph, sizes->items, sizes->count, role,
-                            class[0] == 'i' || class[0] == 'b', storage, &err) != LP_OK)
-        raise_status(self, &err);
-    else
-        result = 0;
-done:
-    Py_DECREF(fast);
-    return result;
-}
-
-/* [name, flags, code, outputs, ...] */
-static int read_op(PyObject *self, PyObject *entry, IntList *code, IntList *outputs)
-{
-    PyObject *fast = PySequence_Fast(entry, "an operation of the tape is a list");
-    const char *name;
-    unsigned long flags;
-    lp_error err = {0};
-    int result = -1;
-
-    if (fast == NULL)
-        return -1;
-    if (PySequence_Fast_GET_SIZE(fast) < 4) {
-        PyErr_SetString(PyExc_ValueError,
-                        "an operation of the tape has name, flags, code, outputs and scope");
-        goto done;
-    }
-    name = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 0));
-    if (name == NULL)
-        goto done;
-    flags = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(fast, 1));
-    if (PyErr_Occurred() ||
-        read_ints(PySequence_Fast_GET_ITEM(fast, 2), code, "an operation's code is a list of ints") < 0 ||
-        read_ints(PySequence_Fast_GET_ITEM(fast, 3), outputs, "an operation's outputs are a list of ints") <
-            0)
-        goto done;
-    if (lp_graph_add_op(((GraphObject *)self)->graph, name, (uint32_t)flags, code->items, code->count,
-                        outputs->items, outputs->count, &err) != LP_OK)
-        raise_status(self, &err);
-    else
-        result = 0;
-done:
-    Py_DECREF(fast);
-    return result;
-}
-
-static int each(PyObject *list, const char *what, int (*read)(PyObject *, PyObject *, IntList *, IntList *),
-                PyObject *self, IntList *first, IntList *second)
-{
-    PyObject *fast = PySequence_Fast(list, what);
-    int result = 0;
-
-    if (fast == NULL)
-        return -1;
-    for (Py_ssize_t i = 0; result == 0 && i < PySequence_Fast_GET_SIZE(fast); i++)
-        result = read(self, PySequence_Fast_GET_ITEM(fast, i), first, second);
-    Py_DECREF(fast);
-    return result;
-}
-
-static int read_tensor_entry(PyObject *self, PyObject *entry, IntList *sizes, IntList *unused)
-{
-    (void)unused;
-    return read_tensor(self, entry, sizes);
+    return lp_raise(state_of(self), err);
 }
 
 static PyObject *graph_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *keywords[] = {"tensors", "ops", "outputs", NULL};
     PyObject *tensors, *ops, *outputs, *self;
-    IntList first = {NULL, 0, 0}, second = {NULL, 0, 0};
     lp_error err = {0};
     lp_status status;
     lp_graph *graph;
@@ -173,33 +32,23 @@ static PyObject *graph_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self = type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
-    if (lp_graph_new(&((GraphObject *)self)->graph, lp_allocator_default(), &err) != LP_OK) {
-        raise_status(self, &err);
-        goto fail;
-    }
+    status = lp_graph_new(&((GraphObject *)self)->graph, lp_allocator_default(), &err);
     graph = ((GraphObject *)self)->graph;
-    if (each(tensors, "the tape's tensors are a list", read_tensor_entry, self, &first, &second) < 0 ||
-        each(ops, "the tape's operations are a list", read_op, self, &first, &second) < 0 ||
-        read_ints(outputs, &first, "the tape's outputs are a list of ints") < 0)
-        goto fail;
-    status = lp_graph_set_outputs(graph, first.items, first.count, &err);
+    if (status == LP_OK && lp_binding_read_tape(graph, state_of(self), tensors, ops, outputs) < 0) {
+        Py_DECREF(self);
+        return NULL;
+    }
     if (status == LP_OK) {
         Py_BEGIN_ALLOW_THREADS
         status = lp_graph_build(graph, &err);
         Py_END_ALLOW_THREADS
     }
     if (status != LP_OK) {
-        raise_status(self, &err);
-        goto fail;
+        (void)raise_status(self, &err);
+        Py_DECREF(self);
+        return NULL;
     }
-    PyMem_Free(first.items);
-    PyMem_Free(second.items);
     return self;
-fail:
-    PyMem_Free(first.items);
-    PyMem_Free(second.items);
-    Py_DECREF(self);
-    return NULL;
 }
 
 static void graph_dealloc(PyObject *self)
@@ -241,45 +90,60 @@ static PyObject *notes_of(const lp_graph *graph, const lp_axis *axis)
     return list;
 }
 
-static PyObject *members_of(const lp_graph *graph, const lp_axis *axis)
+/* A list of `count` items, each a new reference made by `make`, or NULL with its exception. */
+static PyObject *list_of(size_t count, PyObject *(*make)(const void *source, size_t i), const void *source)
 {
-    PyObject *list = PyList_New((Py_ssize_t)axis->member_count);
+    PyObject *list = PyList_New((Py_ssize_t)count);
 
-    for (size_t m = 0; list != NULL && m < axis->member_count; m++) {
-        const lp_member *member = &axis->members[m];
-        int64_t start, stride;
-        PyObject *entry;
-        lp_graph_member_place(graph, member, &start, &stride);
-        entry = Py_BuildValue("(IILL)", member->tensor, member->dim, (long long)start, (long long)stride);
-        if (entry == NULL)
+    for (size_t i = 0; list != NULL && i < count; i++) {
+        PyObject *item = make(source, i);
+        if (item == NULL)
             Py_CLEAR(list);
         else
-            PyList_SET_ITEM(list, (Py_ssize_t)m, entry);
+            PyList_SET_ITEM(list, (Py_ssize_t)i, item);
     }
     return list;
 }
 
+/* What the items of a list are made from. */
+typedef struct {
+    const lp_graph *graph;
+    const lp_axis *axis;
+    const lp_steps *steps;
+} Source;
+
+static PyObject *make_member(const void *source, size_t i)
+{
+    const Source *from = source;
+    const lp_member *member = &from->axis->members[i];
+    int64_t start, stride;
+
+    lp_graph_member_place(from->graph, member, &start, &stride);
+    return Py_BuildValue("(IILL)", member->tensor, member->dim, (long long)start, (long long)stride);
+}
+
+static PyObject *make_axis(const void *source, size_t i)
+{
+    const lp_graph *graph = ((const Source *)source)->graph;
+    const lp_axis *axis = lp_graph_axis(graph, i);
+    const Source from = {graph, axis, NULL};
+    PyObject *notes = notes_of(graph, axis), *members = list_of(axis->member_count, make_member, &from);
+    PyObject *entry = NULL;
+
+    if (notes != NULL && members != NULL)
+        entry = Py_BuildValue("(LsOOO)", (long long)axis->size, lp_kind_name(axis->kind),
+                              axis->prunable ? Py_True : Py_False, notes, members);
+    Py_XDECREF(notes);
+    Py_XDECREF(members);
+    return entry;
+}
+
 static PyObject *graph_axes(PyObject *self, PyObject *unused)
 {
-    const lp_graph *graph = graph_of(self);
-    size_t count = lp_graph_axis_count(graph);
-    PyObject *list = PyList_New((Py_ssize_t)count);
+    const Source source = {graph_of(self), NULL, NULL};
 
     (void)unused;
-    for (size_t i = 0; list != NULL && i < count; i++) {
-        const lp_axis *axis = lp_graph_axis(graph, i);
-        PyObject *notes = notes_of(graph, axis), *members = members_of(graph, axis), *entry = NULL;
-        if (notes != NULL && members != NULL)
-            entry = Py_BuildValue("(LsOOO)", (long long)axis->size, lp_kind_name(axis->kind),
-                                  axis->prunable ? Py_True : Py_False, notes, members);
-        Py_XDECREF(notes);
-        Py_XDECREF(members);
-        if (entry == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, entry);
-    }
-    return list;
+    return list_of(lp_graph_axis_count(source.graph), make_axis, &source);
 }
 
 static const lp_axis *axis_or_error(PyObject *self, Py_ssize_t id)
@@ -331,6 +195,15 @@ static PyArrayObject *removed_array(PyObject *self, PyObject *object)
         PyErr_Format(PyExc_ValueError, "removed has %zd entries; the graph has %zu axes",
                      (Py_ssize_t)PyArray_SIZE(array), lp_graph_axis_count(graph_of(self)));
         Py_CLEAR(array);
+    }
+    for (npy_intp i = 0; array != NULL && i < PyArray_SIZE(array); i++) {
+        int64_t count = ((const int64_t *)PyArray_DATA(array))[i];
+        int64_t size = lp_graph_axis(graph_of(self), (size_t)i)->size;
+        if (count < 0 || count > size) {
+            PyErr_Format(PyExc_ValueError, "axis %zd of size %lld cannot lose %lld indices", (Py_ssize_t)i,
+                         (long long)size, (long long)count);
+            Py_CLEAR(array);
+        }
     }
     return array;
 }
@@ -397,23 +270,45 @@ static PyObject *graph_macs(PyObject *self, PyObject *removed)
     return count_of(self, removed, lp_graph_macs);
 }
 
+/* An array that positions of (tensor, dim) are written to must have that dimension's size. */
+static int check_flags_size(PyObject *self, uint32_t tensor, uint32_t dim, Py_ssize_t size)
+{
+    lp_error err = {0};
+    int64_t expected;
+
+    if (lp_graph_new_size(graph_of(self), tensor, dim, NULL, &expected, &err) != LP_OK) {
+        raise_status(self, &err);
+        return -1;
+    }
+    if (size == expected)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "dimension %u of tensor %u has %lld positions, not %zd", dim, tensor,
+                 (long long)expected, size);
+    return -1;
+}
+
 /* removed_positions(tensor, dim, size, {axis: sorted indices}) -> bool array of the positions that go */
 static PyObject *graph_removed_positions(PyObject *self, PyObject *args)
 {
     unsigned int tensor, dim;
     Py_ssize_t size, at = 0;
-    PyObject *removed, *key, *value, *result = NULL;
+    PyObject *removed, *copy, *key, *value, *result = NULL;
     size_t axes = lp_graph_axis_count(graph_of(self));
     uint8_t **gone;
     npy_intp length;
     lp_error err = {0};
 
-    if (!PyArg_ParseTuple(args, "IInO!:removed_positions", &tensor, &dim, &size, &PyDict_Type, &removed))
+    if (!PyArg_ParseTuple(args, "IInO!:removed_positions", &tensor, &dim, &size, &PyDict_Type, &removed) ||
+        check_flags_size(self, tensor, dim, size) < 0)
         return NULL;
+    copy = PyDict_Copy(removed); /* making arrays of its values may run code that changes the dict */
     gone = PyMem_Calloc(axes + 1, sizeof *gone);
-    if (gone == NULL)
-        return PyErr_NoMemory();
-    while (PyDict_Next(removed, &at, &key, &value)) {
+    if (copy == NULL || gone == NULL) {
+        Py_XDECREF(copy);
+        PyMem_Free(gone);
+        return copy == NULL ? NULL : PyErr_NoMemory();
+    }
+    while (PyDict_Next(copy, &at, &key, &value)) {
         Py_ssize_t id = PyLong_AsSsize_t(key);
         const lp_axis *axis;
         PyArrayObject *indices;
@@ -451,6 +346,7 @@ done:
     for (size_t i = 0; i < axes; i++)
         PyMem_Free(gone[i]);
     PyMem_Free(gone);
+    Py_DECREF(copy);
     return result;
 }
 
@@ -473,6 +369,9 @@ static PyObject *graph_mark_ragged(PyObject *self, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "mark_ragged takes a member of the axis and a writable bool array");
         return NULL;
     }
+    if (check_flags_size(self, axis->members[member].tensor, axis->members[member].dim,
+                         (Py_ssize_t)PyArray_SIZE((PyArrayObject *)flags)) < 0)
+        return NULL;
     chosen = int_array(chosen_object, 2);
     if (chosen == NULL)
         return NULL;
@@ -499,6 +398,11 @@ static PyObject *graph_mark_ragged(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *make_id(const void *source, size_t i)
+{
+    return PyLong_FromUnsignedLong(((const uint32_t *)source)[i]);
+}
+
 static PyObject *graph_dim_axes(PyObject *self, PyObject *args)
 {
     unsigned int tensor, dim;
@@ -521,51 +425,39 @@ static PyObject *graph_dim_axes(PyObject *self, PyObject *args)
             goto done;
         }
     }
-    list = PyList_New((Py_ssize_t)count);
-    for (size_t i = 0; list != NULL && i < count; i++) {
-        PyObject *id = PyLong_FromUnsignedLong(ids[i]);
-        if (id == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, id);
-    }
+    list = list_of(count, make_id, ids);
 done:
     if (ids != few)
         PyMem_Free(ids);
     return list;
 }
 
+static PyObject *make_marked(const void *source, size_t i)
+{
+    const lp_marked *marked = lp_graph_marked(((const Source *)source)->graph, i);
+
+    return Py_BuildValue("(III)", marked->op, marked->tensor, marked->dim);
+}
+
 static PyObject *graph_marked(PyObject *self, PyObject *unused)
 {
-    size_t count = lp_graph_marked_count(graph_of(self));
-    PyObject *list = PyList_New((Py_ssize_t)count);
+    const Source source = {graph_of(self), NULL, NULL};
 
     (void)unused;
-    for (size_t i = 0; list != NULL && i < count; i++) {
-        const lp_marked *marked = lp_graph_marked(graph_of(self), i);
-        PyObject *entry = Py_BuildValue("(III)", marked->op, marked->tensor, marked->dim);
-        if (entry == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, entry);
-    }
-    return list;
+    return list_of(lp_graph_marked_count(source.graph), make_marked, &source);
+}
+
+static PyObject *make_unknown(const void *source, size_t i)
+{
+    return PyLong_FromUnsignedLong(lp_graph_unknown_op(((const Source *)source)->graph, i));
 }
 
 static PyObject *graph_unknown(PyObject *self, PyObject *unused)
 {
-    size_t count = lp_graph_unknown_count(graph_of(self));
-    PyObject *list = PyList_New((Py_ssize_t)count);
+    const Source source = {graph_of(self), NULL, NULL};
 
     (void)unused;
-    for (size_t i = 0; list != NULL && i < count; i++) {
-        PyObject *op = PyLong_FromUnsignedLong(lp_graph_unknown_op(graph_of(self), i));
-        if (op == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, op);
-    }
-    return list;
+    return list_of(lp_graph_unknown_count(source.graph), make_unknown, &source);
 }
 
 static PyObject *graph_freeze(PyObject *self, PyObject *args)
@@ -598,11 +490,27 @@ static PyObject *dim_or_none(const lp_graph *graph, lp_atom atom)
     return Py_NewRef(Py_None);
 }
 
+static PyObject *make_step(const void *source, size_t i)
+{
+    const Source *from = source;
+    const lp_step *step = &from->steps->items[i];
+    PyObject *begin = dim_or_none(from->graph, step->from), *end = dim_or_none(from->graph, step->to);
+    PyObject *entry = NULL;
+
+    if (begin != NULL && end != NULL)
+        entry = Py_BuildValue("(sLOO)", lp_rule_label((lp_rule)step->rule),
+                              step->op == LP_NO_OP ? -1LL : (long long)step->op, begin, end);
+    Py_XDECREF(begin);
+    Py_XDECREF(end);
+    return entry;
+}
+
 static PyObject *graph_explain(PyObject *self, PyObject *args)
 {
     Py_ssize_t id, from, to;
     lp_steps steps = {NULL, 0, 0};
     lp_graph *graph = graph_of(self);
+    const Source source = {graph, NULL, &steps};
     lp_error err = {0};
     lp_status status;
     PyObject *list = NULL;
@@ -613,21 +521,7 @@ static PyObject *graph_explain(PyObject *self, PyObject *args)
     if (status != LP_OK)
         raise_status(self, &err);
     else
-        list = PyList_New((Py_ssize_t)steps.count);
-    for (size_t i = 0; list != NULL && i < steps.count; i++) {
-        const lp_step *step = &steps.items[i];
-        PyObject *from_dim = dim_or_none(graph, step->from), *to_dim = dim_or_none(graph, step->to),
-                 *entry = NULL;
-        if (from_dim != NULL && to_dim != NULL)
-            entry = Py_BuildValue("(sLOO)", lp_rule_label((lp_rule)step->rule),
-                                  step->op == LP_NO_OP ? -1LL : (long long)step->op, from_dim, to_dim);
-        Py_XDECREF(from_dim);
-        Py_XDECREF(to_dim);
-        if (entry == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SET_ITEM(list, (Py_ssize_t)i, entry);
-    }
+        list = list_of(steps.count, make_step, &source);
     lp_steps_free(lp_graph_allocator(graph), &steps);
     return list;
 }

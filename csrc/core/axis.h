@@ -155,7 +155,7 @@ lp_status lp_axes_concat(lp_axes *axes, lp_expr outer, lp_expr inner, lp_expr *o
 lp_status lp_axes_sum(lp_axes *axes, const lp_expr *terms, size_t count, lp_expr *out, lp_error *err);
 
 /* Regroup the factors into expressions of the given sizes (their product is the expression's size), refining where a
- * border falls inside a factor.  *aligned is false when it cannot be done; `out` is then untouched. */
+ * border falls inside a factor.  *aligned is false when it cannot be done; `out` is then unspecified. */
 lp_status lp_axes_split(lp_axes *axes, lp_expr expr, const int64_t *sizes, size_t count, lp_expr *out,
                         bool *aligned, lp_error *err);
 

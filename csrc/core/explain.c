@@ -114,7 +114,7 @@ lp_status lp_graph_explain(lp_graph *graph, size_t id, size_t from_member, size_
 {
     const lp_axis *axis = lp_graph_axis(graph, id);
     lp_levels from = {NULL, 0, 0}, to = {NULL, 0, 0};
-    size_t i = 0, j = 0;
+    size_t arena = graph->axes.factor_count, i = 0, j = 0;
     bool found = false;
     lp_status status;
 
@@ -144,6 +144,7 @@ lp_status lp_graph_explain(lp_graph *graph, size_t id, size_t from_member, size_
                           err);
     lp_release(&graph->allocator, from.items, from.capacity, sizeof *from.items);
     lp_release(&graph->allocator, to.items, to.capacity, sizeof *to.items);
+    graph->axes.factor_count = arena;
     return status;
 }
 

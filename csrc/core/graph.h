@@ -1,8 +1,8 @@
 /* The dependency graph of a model: one recorded forward pass, and the coupled axes the algebra finds in it.
  *
  * Use: lp_graph_new, lp_graph_add_tensor and lp_graph_add_op in execution order, lp_graph_set_outputs, lp_graph_build;
- * then the queries.  Nothing is added after lp_graph_build; queries change caches only, so a graph belongs to one
- * thread at a time.
+ * then the queries.  Nothing is added after lp_graph_build; queries work in the graph's own scratch, so a graph
+ * belongs to one thread at a time.
  */
 #ifndef LP_CORE_GRAPH_H
 #define LP_CORE_GRAPH_H

@@ -323,7 +323,7 @@ lp_status lp_graph_mark_ragged(const lp_graph *graph, const lp_axis *axis, size_
         return lp_error_set(err, LP_ERR_ARGUMENT, "the axis has %zu members, not %zu", axis->member_count,
                             member + 1);
     item = &graph->occurrences.items[axis->members[member].occurrence];
-    for (uint32_t i = 0; i < item->loop_count; i++)
+    for (uint32_t i = 0; i < item->loop_count && around == NULL; i++)
         if (graph->occurrences.loops[item->loop_first + i].atom == outer->root)
             around = &graph->occurrences.loops[item->loop_first + i];
     if (around == NULL)
@@ -353,6 +353,7 @@ lp_status lp_graph_mark_removed(lp_graph *graph, uint32_t tensor, uint32_t dim, 
                                 uint8_t *flags, lp_error *err)
 {
     lp_occurrences list = {NULL, 0, 0, NULL, 0, 0};
+    size_t arena = graph->axes.factor_count; /* given back, so that it does not grow with every query */
     lp_status status;
 
     LP_TRY(check_dim(graph, tensor, dim, err));
@@ -375,6 +376,7 @@ lp_status lp_graph_mark_removed(lp_graph *graph, uint32_t tensor, uint32_t dim, 
         }
     }
     lp_occurrences_free(&graph->allocator, &list);
+    graph->axes.factor_count = arena;
     return status;
 }
 
@@ -443,6 +445,7 @@ lp_status lp_graph_macs(lp_graph *graph, const int64_t *removed, int64_t *out, l
 lp_status lp_graph_dim_axes(lp_graph *graph, uint32_t tensor, uint32_t dim, uint32_t *out, size_t capacity,
                             size_t *count, lp_error *err)
 {
+    size_t arena = graph->axes.factor_count;
     lp_expr leaves;
 
     LP_TRY(check_dim(graph, tensor, dim, err));
@@ -460,5 +463,6 @@ lp_status lp_graph_dim_axes(lp_graph *graph, uint32_t tensor, uint32_t dim, uint
             out[*count] = id;
         (*count)++;
     }
+    graph->axes.factor_count = arena;
     return LP_OK;
 }

@@ -216,7 +216,8 @@ lp_status lp_rule_pad(lp_run *run, const lp_op *op, lp_error *err)
     lp_arg pad = lp_op_arg(run->graph, op, 1);
     lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
 
-    if (input == NULL || out == NULL || pad.tag != LP_ARG_INTS || out->ndim != input->ndim)
+    if (input == NULL || out == NULL || pad.tag != LP_ARG_INTS || out->ndim != input->ndim ||
+        pad.count > 2u * input->ndim)
         return lp_rule_unknown(run, op, err);
     copy_dims(input, dims);
     for (size_t k = 0; 2 * k + 1 < pad.count; k++) {

@@ -41,7 +41,7 @@ lp_status lp_select_rank(const lp_allocator *allocator, const double *scores, si
         return lp_error_set(err, LP_ERR_NOMEM, "out of memory: %zu bytes to rank the scores were refused",
                             bytes);
     to = scratch;
-    for (size_t width = 1; width<count; width = width> count / 2 ? count : 2 * width) {
+    for (size_t width = 1; width < count; width *= 2) {
         int64_t *swap = from;
 
         merge_runs(scores, from, to, count, width);

@@ -1,0 +1,165 @@
+#include "tape.h"
+
+typedef struct {
+    int64_t *items;
+    size_t count, capacity;
+} IntList;
+
+/* Where what is read goes, and the room it is read in. */
+typedef struct {
+    lp_graph *graph;
+    const lp_module_state *state;
+    IntList first, second;
+} Reader;
+
+/* Read a sequence of ints into `list`, replacing what it held.  -1 with an exception set. */
+static int read_ints(PyObject *object, IntList *list, const char *what)
+{
+    PyObject *fast = PySequence_Fast(object, what);
+    Py_ssize_t length;
+
+    if (fast == NULL)
+        return -1;
+    length = PySequence_Fast_GET_SIZE(fast);
+    if ((size_t)length > list->capacity) {
+        int64_t *grown = PyMem_Resize(list->items, int64_t, (size_t)length * 2);
+        if (grown == NULL) {
+            Py_DECREF(fast);
+            PyErr_NoMemory();
+            return -1;
+        }
+        list->items = grown;
+        list->capacity = (size_t)length * 2;
+    }
+    for (Py_ssize_t i = 0; i < length; i++) {
+        list->items[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(fast, i));
+        if (list->items[i] == -1 && PyErr_Occurred()) {
+            Py_DECREF(fast);
+            return -1;
+        }
+    }
+    list->count = (size_t)length;
+    Py_DECREF(fast);
+    return 0;
+}
+
+static int read_role(PyObject *object, lp_tensor_role *role)
+{
+    static const char *const names[] = {"value", "parameter", "buffer", "input", "constant"};
+    static const lp_tensor_role roles[] = {LP_TENSOR_VALUE, LP_TENSOR_PARAMETER, LP_TENSOR_BUFFER,
+                                           LP_TENSOR_INPUT, LP_TENSOR_CONSTANT};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, names[i]) == 0) {
+            *role = roles[i];
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError,
+                 "a tensor's role is one of value, parameter, buffer, input and constant, not %R", object);
+    return -1;
+}
+
+/* [sizes, dtype class, storage, role, ...] */
+static int read_tensor(Reader *reader, PyObject *entry)
+{
+    PyObject *fast = PySequence_Fast(entry, "a tensor of the tape is a list");
+    lp_tensor_role role;
+    const char *class;
+    uint64_t storage;
+    IntList *sizes = &reader->first;
+    lp_error err = {0};
+    int result = -1;
+
+    if (fast == NULL)
+        return -1;
+    if (PySequence_Fast_GET_SIZE(fast) < 4) {
+        PyErr_SetString(PyExc_ValueError,
+                        "a tensor of the tape has sizes, dtype class, storage, role and name");
+        goto done;
+    }
+    if (read_ints(PySequence_Fast_GET_ITEM(fast, 0), sizes, "a tensor's sizes are a list of ints") < 0)
+        goto done;
+    class = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 1));
+    if (class == NULL)
+        goto done;
+    storage = PyLong_AsUnsignedLongLongMask(PySequence_Fast_GET_ITEM(fast, 2));
+    if (PyErr_Occurred() || read_role(PySequence_Fast_GET_ITEM(fast, 3), &role) < 0)
+        goto done;
+    if (lp_graph_add_tensor(reader->graph, sizes->items, sizes->count, role,
+                            class[0] == 'i' || class[0] == 'b', storage, &err) != LP_OK)
+        (void)lp_raise(reader->state, &err);
+    else
+        result = 0;
+done:
+    Py_DECREF(fast);
+    return result;
+}
+
+/* [name, flags, code, outputs, ...] */
+static int read_op(Reader *reader, PyObject *entry)
+{
+    PyObject *fast = PySequence_Fast(entry, "an operation of the tape is a list");
+    const char *name;
+    unsigned long flags;
+    IntList *code = &reader->first, *outputs = &reader->second;
+    lp_error err = {0};
+    int result = -1;
+
+    if (fast == NULL)
+        return -1;
+    if (PySequence_Fast_GET_SIZE(fast) < 4) {
+        PyErr_SetString(PyExc_ValueError,
+                        "an operation of the tape has name, flags, code, outputs and scope");
+        goto done;
+    }
+    name = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 0));
+    if (name == NULL)
+        goto done;
+    flags = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(fast, 1));
+    if (PyErr_Occurred() ||
+        read_ints(PySequence_Fast_GET_ITEM(fast, 2), code, "an operation's code is a list of ints") < 0 ||
+        read_ints(PySequence_Fast_GET_ITEM(fast, 3), outputs, "an operation's outputs are a list of ints") <
+            0)
+        goto done;
+    if (lp_graph_add_op(reader->graph, name, (uint32_t)flags, code->items, code->count, outputs->items,
+                        outputs->count, &err) != LP_OK)
+        (void)lp_raise(reader->state, &err);
+    else
+        result = 0;
+done:
+    Py_DECREF(fast);
+    return result;
+}
+
+static int each(Reader *reader, PyObject *list, const char *what, int (*read)(Reader *, PyObject *))
+{
+    PyObject *fast = PySequence_Fast(list, what);
+    int result = 0;
+
+    if (fast == NULL)
+        return -1;
+    for (Py_ssize_t i = 0; result == 0 && i < PySequence_Fast_GET_SIZE(fast); i++)
+        result = read(reader, PySequence_Fast_GET_ITEM(fast, i));
+    Py_DECREF(fast);
+    return result;
+}
+
+int lp_binding_read_tape(lp_graph *graph, const lp_module_state *state, PyObject *tensors, PyObject *ops,
+                         PyObject *outputs)
+{
+    Reader reader = {.graph = graph, .state = state};
+    lp_error err = {0};
+    int result = -1;
+
+    if (each(&reader, tensors, "the tape's tensors are a list", read_tensor) < 0 ||
+        each(&reader, ops, "the tape's operations are a list", read_op) < 0 ||
+        read_ints(outputs, &reader.first, "the tape's outputs are a list of ints") < 0)
+        goto done;
+    if (lp_graph_set_outputs(graph, reader.first.items, reader.first.count, &err) != LP_OK)
+        (void)lp_raise(state, &err);
+    else
+        result = 0;
+done:
+    PyMem_Free(reader.first.items);
+    PyMem_Free(reader.second.items);
+    return result;
+}
