@@ -1,8 +1,8 @@
-"""Publication of finished folders: a folder appears under its final name whole, or not at all.
+"""Publication of finished folders and files: they appear under their final names whole, or not at all.
 
-It is filled under a hidden name beside the final one, flushed to the disk, and renamed. A process that is killed leaves
-the earlier folder (or nothing) under the final name, and its own half under the hidden one, which the next publication
-to the same place takes away.
+A folder is filled under a hidden name beside the final one, flushed to the disk, and renamed. A process that is killed
+leaves the earlier folder (or nothing) under the final name, and its own half under the hidden one, which the next
+publication to the same place takes away.
 """
 
 from __future__ import annotations
@@ -80,6 +80,27 @@ def published(directory: str | os.PathLike[str], overwrite: bool = False, needed
             os.close(lock)
 
 
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole: a crash or a full disk leaves the old one or the new one, never half of one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent)
+    temporary = Path(name)
+    try:
+        with open(descriptor, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(descriptor)
+        temporary.chmod(0o666 & ~_mask())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def flush(folder: Path) -> None:
     """Have the disk hold every file of ``folder`` and its names (fsync), so that a rename cannot outrun them."""
     for path, _, files in os.walk(folder, topdown=False):
@@ -95,11 +116,17 @@ def is_checkpoint(folder: Path) -> bool:
 
 def _open_to_readers(folder: Path) -> None:
     """The usual permissions: temporary folders, and files that some libraries write, are the owner's only."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = _mask()
     folder.chmod(0o777 & ~mask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _mask() -> int:
+    """The permissions that new files do not get (which the system tells only while they are changed)."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _flush_one(path: Path) -> None:

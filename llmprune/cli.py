@@ -1,7 +1,7 @@
 """The command line: ``llmprune prune | trace | verify | doctor``.
 
-Results go to stdout, progress and errors to stderr. Exit code 0: done; 2: an error that one sentence on stderr names;
-130: interrupted by Ctrl-C, with no file left behind.
+Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
+that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
 """
 
 from __future__ import annotations
@@ -305,11 +305,6 @@ def _trace(options: argparse.Namespace) -> None:
         graph = trace(model)
     if target is not None:
         name, dim, index = target
-        if name not in graph.parameters and name not in graph.buffers and name not in graph.tied:
-            raise InputError(f"the model has no parameter {name!r}")
-        shape = {**graph.parameters, **graph.buffers}[graph.tied.get(name, name)]
-        if not 0 <= dim < len(shape) or not 0 <= index < shape[dim]:
-            raise InputError(f"{name} has shape {tuple(shape)}: it has no index {index} in dimension {dim}")
         print(graph.explain(name, dim=dim, index=index))
     elif options.json:
         frozen = [

@@ -78,9 +78,17 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
             dense tensor. Nothing has been changed.
     """
     cuts, attributes = prepare(model, plan)
-    before = _count(model)
-    kept = {cut.name: cut.kept for cut in cuts}
+    before = sum(p.numel() for p in model.parameters())
+    freed = sum(c.tensor.numel() - math.prod(c.shape) for c in cuts if isinstance(c.tensor, nn.Parameter))
+    step = record.Step(
+        options=dict(getattr(plan, "options", {})),
+        removed=_removed(plan),
+        parameters_before=before,
+        parameters_after=before - freed,
+        versions=record.versions(),
+    )
     old = record.fresh(model)
+    done = old.compose({cut.name: cut.kept for cut in cuts}, attributes, step)
     with deferred_interrupts():
         try:
             while cuts:
@@ -90,14 +98,7 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
         except BaseException as error:
             _break(model, old, error)
             raise
-        step = record.Step(
-            options=dict(getattr(plan, "options", {})),
-            removed=_removed(plan),
-            parameters_before=before,
-            parameters_after=_count(model),
-            versions=record.versions(),
-        )
-        model.llmprune = old.compose(kept, attributes, step)  # type: ignore[assignment]
+        model.llmprune = done  # type: ignore[assignment]
         _return_memory()
     return model
 
@@ -342,10 +343,6 @@ class _Unusable:
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise TensorError(f"this model was left half pruned, {self.reason}: load it again")
-
-
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _removed(plan: Any) -> list[dict[str, Any]]:

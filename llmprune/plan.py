@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmprune.allocation import ALLOCATIONS, Budget, Candidate, layer_of, protected, rank, stacks
+from llmprune.atomic import write_file
 from llmprune.closure import close
 from llmprune.equations import Attribute, System
 from llmprune.errors import InputError, PlanError
@@ -153,18 +153,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a crash leaves the old file or the new one, never half of one."""
-        target = Path(path)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as out:
-            try:
-                json.dump(self.to_json(), out)
-                out.flush()
-                os.fsync(out.fileno())
-                os.replace(out.name, target)
-            except BaseException:
-                os.unlink(out.name)
-                raise
+        write_file(path, json.dumps(self.to_json()).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -6,6 +6,7 @@ nothing the size of the model's gradients held (:mod:`llmprune.streaming`).
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -13,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmprune.atomic import write_file
 from llmprune.calibration import LENGTH, SAMPLES, Batch, load_calibration
 from llmprune.errors import InputError, PlanError
 from llmprune.importance import Importance, lookup
@@ -155,24 +158,28 @@ class Scores(Mapping[int, np.ndarray]):
                 for part in ("values", "nested")
             )
             return cls._made(data, values, nested)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"this is not the JSON of scores: {error}") from error
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is not the JSON of scores: {error!r}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``path``: .npz (compressed) or .json.
+        """Write to ``path``: .npz (compressed) or .json; a crash leaves the old file or the new one.
 
         Raises:
             InputError: the path ends otherwise.
+            OSError: it cannot be written.
         """
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(self.to_json(), encoding="utf-8")
+            write_file(path, self.to_json().encode())
         elif path.suffix == ".npz":
             header = np.array(json.dumps(self._header()))
             arrays = {f"axis_{axis}": self[axis] for axis in self}
             arrays |= {f"nested_{axis}": table for axis, table in self.nested.items()}
-            with path.open("wb") as file:
-                np.savez_compressed(file, allow_pickle=False, header=header, **arrays)
+            file = io.BytesIO()
+            np.savez_compressed(file, allow_pickle=False, header=header, **arrays)
+            write_file(path, file.getvalue())
         else:
             raise InputError(f"scores are saved as .npz or .json, not as {str(path)!r}")
 
@@ -186,16 +193,18 @@ class Scores(Mapping[int, np.ndarray]):
         path = Path(path)
         if not path.is_file():
             raise InputError(f"scores file {str(path)!r} does not exist")
-        if path.suffix != ".npz":
-            return cls.from_json(path.read_text(encoding="utf-8"))
         try:
-            with np.load(path, allow_pickle=False) as data:
+            if path.suffix != ".npz":
+                return cls.from_json(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 header = json.loads(str(data["header"]))
                 values = {int(name[5:]): data[name] for name in data.files if name.startswith("axis_")}
                 nested = {int(name[7:]): data[name] for name in data.files if name.startswith("nested_")}
-        except (KeyError, ValueError, OSError) as error:
-            raise InputError(f"{str(path)!r} holds no scores: {error}") from error
-        return cls._made(header, values, nested)
+            return cls._made(header, values, nested)
+        except InputError:
+            raise
+        except (BadZipFile, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"{str(path)!r} holds no scores: {error!r}") from error
 
 
 def score(

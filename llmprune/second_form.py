@@ -111,5 +111,6 @@ def _moved(tree: Any, kept: str, other: str, shift: int) -> Any:
         return ["shape", tree[1] + shift, tree[2]]
     if tree[0] == "attr":
         module = f"{tree[1]}."
-        return ["attr", (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1], tree[2]]
+        moved = (other + module[len(kept) :])[:-1] if module.startswith(kept) else tree[1]
+        return ["attr", moved, *tree[2:]]  # the recorded value too: blocks that are alike have the same
     return [tree[0], *(_moved(part, kept, other, shift) for part in tree[1:])]

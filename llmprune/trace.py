@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from llmprune.errors import InputError, TraceError
 from llmprune.graph import Graph
 from llmprune.inputs import example_inputs
 from llmprune.recording import Recording, Setup
-from llmprune.tape import Tape
+from llmprune.tape import Tape, leaves
 from llmprune.trial import Trial, freeze_failures
 
 log = logging.getLogger(__name__)
@@ -172,13 +172,6 @@ def record_excerpt(model: nn.Module, inputs: dict[str, Any], setup: Setup, excer
 
 def _attributes(tape: Tape) -> set[tuple[str, str]]:
     """The module attributes that sized something."""
-    return {(leaf[1], leaf[2]) for equation in tape.equations for leaf in _leaves(equation[2], "attr")}
-
-
-def _leaves(tree: Any, kind: str) -> Iterator[list[Any]]:
-    if isinstance(tree, list):
-        if tree[0] == kind:
-            yield tree
-        elif tree[0] not in ("attr", "shape"):
-            for part in tree[1:]:
-                yield from _leaves(part, kind)
+    return {
+        (leaf[1], leaf[2]) for equation in tape.equations for leaf in leaves(equation[2]) if leaf[0] == "attr"
+    }

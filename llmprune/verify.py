@@ -285,10 +285,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config._experts_implementation = "batched_mm"
         yield
     finally:
-        for module, mode in training:
-            module.training = mode
-        for config, name in experts:
-            config._experts_implementation = name
+        with deferred_interrupts():
+            for module, mode in training:
+                module.training = mode
+            for config, name in experts:
+                config._experts_implementation = name
 
 
 def _batches(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -144,7 +144,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["prune", "{folder}", "--repair", "ls"], "later version"),
         (["trace", "{folder}", "--explain", "nonsense"], "PARAM:DIM:INDEX"),
         (["trace", "{folder}", "--explain", "no.weight:0:1"], "no parameter"),
-        (["trace", "{folder}", "--explain", "model.norm.weight:0:99"], "no index 99"),
+        (["trace", "{folder}", "--explain", "model.norm.weight:0:99"], "position 99 is outside"),
         (["verify", "{folder}"], "record"),
         (["verify", "{folder}", "--plan", "{tmp}/nothing.json"], "does not exist"),
         (["verify", "{folder}", "--plan", "{tmp}/empty.txt"], "plan"),

@@ -305,6 +305,7 @@ class TestRecord:
         assert down.value == FFN - 4
         assert [entry["kind"] for entry in record.history[1].removed] == ["ffn", "head"]
         assert record.history[0].parameters_after == record.history[1].parameters_before
+        assert record.history[1].parameters_after == sum(p.numel() for p in model.parameters())
 
     def test_it_is_copied_pickled_and_serialised(self) -> None:
         import json
@@ -404,6 +405,21 @@ def test_failure_in_the_middle_leaves_a_model_that_says_so(monkeypatch: pytest.M
         model(ids())
     with pytest.raises(TensorError, match="half pruned"):
         compact(model, plan)
+
+
+def test_a_record_that_cannot_take_the_plan_refuses_before_the_first_cut() -> None:
+    model = llama()
+    compact(model, llama_plan(model, {0: [0]}))
+    plan = llama_plan(model, {0: [1]})
+    forgotten = "model.layers.0.mlp.down_proj.weight"
+    assert isinstance(model.llmprune, Compaction)
+    del model.llmprune.original_shapes[forgotten]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(PlanError, match="another model"):
+        compact(model, plan)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert model.llmprune.state == "complete"
+    assert torch.isfinite(model(ids()).logits).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool])

@@ -277,6 +277,9 @@ def test_the_second_form_speaks_in_the_first_ones_axes() -> None:
     assert {"model.layers.0.self_attn", "model.layers.1.self_attn"} <= modules, (
         "one block stands for its likes"
     )
+    assert all(len(leaf) == 4 for equation in second.equations for leaf in _attributes(equation[2])), (
+        "a block that stands for another hands on the values that were recorded"
+    )
     (query, *_) = prunable(graph, "query")
     changed = set()
     for tensor, dim, tree, _where in second.equations:

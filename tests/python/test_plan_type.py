@@ -115,6 +115,8 @@ def test_a_plan_survives_json_and_files(tmp_path: Path) -> None:
     p.save(path)
     assert Plan.load(path) == p
     assert [f.name for f in tmp_path.iterdir()] == ["plan.json"]
+    (tmp_path / "other").write_text("a new file has the usual permissions")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert p != made().removed
     with pytest.raises(TypeError):
         hash(p)

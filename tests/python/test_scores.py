@@ -45,16 +45,45 @@ def test_json_is_a_round_trip(case):
 
 def test_what_is_no_scores_is_refused(case, tmp_path):
     _, _, scores = case
-    for text in ("{", "[]", "{}", json.dumps({**json.loads(scores.to_json()), "format": "llmprune.plan/1"})):
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        json.dumps({**json.loads(scores.to_json()), "format": "llmprune.plan/1"}),
+        '{"values": {"x": []}, "nested": {}}',
+    ):
         with pytest.raises(InputError, match="scores"):
             Scores.from_json(text)
     with pytest.raises(InputError, match="does not exist"):
         Scores.load(tmp_path / "nowhere.npz")
     with pytest.raises(InputError, match=r"\.npz or \.json"):
         scores.save(tmp_path / "scores.bin")
-    (tmp_path / "broken.npz").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="holds no scores"):
-        Scores.load(tmp_path / "broken.npz")
+    scores.save(tmp_path / "whole.npz")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    np.savez(tmp_path / "header.npz", header=np.array("{}"))
+    np.savez(tmp_path / "axes.npz", header=np.array(json.dumps(scores._header())), axis_x=np.zeros(1))
+    (tmp_path / "text.json").write_bytes(b"\xff\xfe")
+    for name, content in (("nothing.npz", b"nothing"), ("empty.npz", b""), ("torn.npz", whole[:-40])):
+        (tmp_path / name).write_bytes(content)
+    for name in ("nothing.npz", "empty.npz", "torn.npz", "header.npz", "axes.npz", "text.json"):
+        with pytest.raises(InputError, match="scores"):
+            Scores.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_a_failed_save_leaves_the_old_file(case, tmp_path, suffix, monkeypatch):
+    _, _, scores = case
+    path = tmp_path / f"scores{suffix}"
+    path.write_text("old")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        scores.save(path)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_printing_shows_a_row_for_each_kind(case):
