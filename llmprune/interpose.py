@@ -73,6 +73,7 @@ class _Linear(torch.autograd.Function):
             dbias = dy.reshape(shape).sum(-2)
         flat = x.reshape(-1, x.shape[-1])
         dflat = dy.reshape(len(flat), -1)
+        use.interposer.observe(use.name, dflat)
         if dx is not None and reducer.importance.additive:
             constant = bias[0] if bias is not None and bias.dim() == 2 else bias
             y = ctx.y
@@ -89,7 +90,6 @@ class _Linear(torch.autograd.Function):
             )
         else:
             groups = reducer.groups
-            use.interposer.observe(use.name, dflat)
             reducer.linear(
                 use.name,
                 flat.reshape(groups, -1, flat.shape[1]),
@@ -174,19 +174,26 @@ class Interposer(TorchFunctionMode):
         """Name -> rows for each token that its uses may have, where samples are told apart; noted while surveying."""
         self.length = 1
         """Tokens of a sample."""
-        self.sample = 0
-        """While surveying: whose loss runs backward now."""
+        self.looks_ahead = False
+        """While surveying: whether a use at a last token had a gradient."""
 
     def observe(self, name: str, dy: torch.Tensor) -> None:
-        """While surveying, see that only the current sample's part of the rows has a gradient."""
-        if not self.surveying or not self.reducer.grouped:
+        """While surveying, look at the gradient (rows, ...) of a use; of two samples the first's loss counts as NaN.
+
+        The uses' rows are told apart by sample if the first half has NaN or nothing and the second no NaN. And a last
+        token, which no next-token loss is about, has no gradient unless the model looks ahead.
+        """
+        if not self.surveying:
             return
-        samples = self.reducer.samples
-        if len(dy) % samples:
+        if len(dy) == 2 * self.length:
+            self.looks_ahead |= bool(dy[-1].any())
+        if not self.reducer.grouped:
+            return
+        if len(dy) % 2:
             self.mixed.add(name)
             return
-        parts = dy.reshape(samples, -1)
-        if any(bool(part.any()) for sample, part in enumerate(parts) if sample != self.sample):
+        first, second = dy.reshape(2, -1)
+        if bool(first.nan_to_num(0.0).any()) or bool(second.isnan().any()):
             self.mixed.add(name)
 
     def _divides(self, name: str, rows: int) -> bool:

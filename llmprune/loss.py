@@ -145,13 +145,13 @@ class SampleLosses:
             )
         return next_token_losses(logits, ids)
 
-    def check_causal(self, logits: torch.Tensor) -> None:
-        """See from the logits of a :meth:`Batch.sketch` of plain ids that the model predicts next tokens.
+    def check_causal(self, batch: Batch) -> None:
+        """See on a few plain ids that the model predicts next tokens.
 
         Raises:
             InputError: what it says of a token depends on later ones.
         """
-        if not _unchanged(logits[0], logits[2]):
+        if self.plain and not self._is_causal(batch):
             raise InputError(
                 f"{type(self.model).__name__} is not causal (its logits depend on later tokens), so the next-token "
                 "loss means nothing: pass loss=, or a mapping with labels as calibration"
@@ -162,21 +162,21 @@ class SampleLosses:
         if self.plain or self.loss is not None or config_value(self.model, "is_encoder_decoder"):
             return
         ids, labels = batch.inputs.get("input_ids"), batch.inputs["labels"]
-        if ids is None or ids.shape != labels.shape:
-            return
+        self._shifted = ids is not None and ids.shape == labels.shape and self._is_causal(batch)
+
+    def _is_causal(self, batch: Batch) -> bool:
+        """Whether logits at all tokens but the last stay where they are, but for rounding, when the last changes."""
+        ids = batch.inputs["input_ids"]
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, -1] - 1).abs(), ids[:, 0])
         with torch.no_grad():
             first = self.logits(batch)
             second = logits_of(self.model, {**batch.inputs, "input_ids": other})
-        self._shifted = first.shape[:-1] == ids.shape and _unchanged(first, second)
-
-
-def _unchanged(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether logits (..., T, V) are the same, but for rounding, at all tokens but the last."""
-    tolerance = 3e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    first, second = first.detach()[..., :-1, :].float(), second.detach()[..., :-1, :].float()
-    return float((first - second).abs().max()) <= tolerance * float(first.abs().max())
+        if first.dim() != 3 or first.shape[:2] != ids.shape:
+            return False
+        tolerance = 3e-2 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        first, second = first[:, :-1].float(), second[:, :-1].float()
+        return float((first - second).abs().max()) <= tolerance * float(first.abs().max())
 
 
 def check_losses(losses: torch.Tensor, first: int = 0) -> None:

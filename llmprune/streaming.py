@@ -9,10 +9,10 @@ A parameter takes one of three paths.
 - General: autograd's own gradient, one parameter at a time; for second order one sample at a time, with accumulators
   for as many parameters as fit.
 
-Which path it takes is found by trying, on three samples of a few tokens (:func:`_survey`): a parameter is streamed only
-if no gradient reaches it by another way and, for second order, if each third of its uses' rows carries the gradient of
-its own sample alone. The real pass checks that there are as many uses, of as many rows for a token, and starts over
-where a parameter behaves differently there.
+Which path it takes is found by trying, on two samples of a few tokens (:func:`_survey`): a parameter is streamed only
+if no gradient reaches it by another way and, for second order, if each half of its uses' rows carries the gradient of
+its own sample alone: the first sample's loss runs backward as NaN, and every row it touches shows. The real pass checks
+that there are as many uses, of as many rows for a token, and starts over where a parameter behaves differently there.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Counter(Reducer):
     """What stands in for a reducer during the survey: it counts uses and reduces nothing."""
 
     def __init__(self, importance: Importance):
-        super().__init__(importance, {}, 3, {}, lambda name: None)
+        super().__init__(importance, {}, 2, {}, lambda name: None)
         self.counts: dict[str, int] = {}
 
     def linear(self, name: str, *args: Any, **options: Any) -> None:
@@ -143,7 +143,7 @@ class _Task:
 
 
 def _survey(task: _Task, copied: set[str]) -> _Route:
-    """Run three short samples forward, two of them backward, and see how each parameter is used; see the module.
+    """Run two short samples forward and backward and see how each parameter is used; see the module.
 
     Raises:
         RuntimeError, TypeError, ValueError, IndexError: what the model raises, perhaps because of a copy per sample.
@@ -164,27 +164,25 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
                 logits = losses_of.logits(sketch)
                 product = mode.projections.get(id(logits))
                 losses = losses_of.of_logits(logits, sketch)
-                losses_of.check_causal(logits)
             else:
                 losses = losses_of(sketch)
             route.blocks = blocks()
         route.bytes_per_token = kept() / max(1, sketch.tokens)
         mode.forget()
         if losses.requires_grad:
-            for sample in range(2) if grouped else ():
-                mode.sample = sample
-                for copy in mode.copies.values():
-                    copy.grad = None
-                losses[sample].backward(retain_graph=sample == 0)  # type: ignore[no-untyped-call]
-                for name, copy in mode.copies.items():
-                    if copy.grad is not None:
-                        mode.observe(name, copy.grad)
-            if not grouped:
-                losses.sum().backward()  # type: ignore[no-untyped-call]
+            seeds = torch.ones_like(losses)
+            if grouped:
+                seeds[0] = torch.nan
+            with torch.autograd.set_detect_anomaly(False):
+                torch.autograd.backward(losses, seeds)
+            for name, copy in mode.copies.items():
+                if copy.grad is not None:
+                    mode.observe(name, copy.grad)
         leaked = {name for name, parameter in parameters.items() if parameter.grad is not None}
     bad = leaked | mode.mixed | (mode.lookups & mode.transposed)
-    passes = 2 if grouped else 1
-    route.streamed = {name: count // passes for name, count in counter.counts.items() if name not in bad}
+    if mode.looks_ahead:
+        losses_of.check_causal(sketch)
+    route.streamed = {name: count for name, count in counter.counts.items() if name not in bad}
     route.densities = mode.densities
     route.copied = set(mode.copies) - bad
     route.general = set(parameters) - set(route.streamed) - route.copied
@@ -215,6 +213,7 @@ def _measure(model: nn.Module) -> Iterator[Callable[[], int]]:
 def _route(task: _Task) -> _Route:
     """The survey's result, with a second try without copies where these break the model's forward."""
     if task.importance.kernel is None:
+        task.losses_of.check_causal(task.batch.sketch(_SKETCH_TOKENS))
         return _Route(general=set(task.parameters))
     copied = (
         {name for name, p in task.parameters.items() if p.dim() == 1} if task.importance.order > 1 else set()
