@@ -129,37 +129,6 @@ for _name, _operate in (("truediv", operator.truediv), ("pow", operator.pow)):
     setattr(PInt, f"__r{_name}__", _inexact(_operate, True))
 
 
-def evaluate(tree: Tree, attribute: Callable[[str, str], int], shape: Callable[[int, int], int]) -> int:
-    """The value of an origin.
-
-    Args:
-        tree: the origin (tuples, or lists once read from JSON).
-        attribute: (module path, name) -> its value.
-        shape: (tensor id, dim) -> that size.
-    """
-    if isinstance(tree, int):
-        return int(tree)
-    head, *rest = tree
-    if head == "attr":
-        return attribute(rest[0], rest[1])
-    if head == "shape":
-        return shape(*rest)
-    values = [evaluate(part, attribute, shape) for part in rest]
-    return int(_MEANING[head](*values))
-
-
-_MEANING: dict[str, Callable[..., int]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "//": operator.floordiv,
-    "%": operator.mod,
-    "neg": operator.neg,
-    "max": max,
-    "min": min,
-}
-
-
 class SizeMode(TorchFunctionMode):
     """Watches the Python-level torch functions of one forward pass.
 

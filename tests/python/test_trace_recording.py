@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,32 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from llmprune.errors import InputError, TraceError
-from llmprune.provenance import evaluate
 from llmprune.tape import TENSOR, TENSORS, Tape, arguments
 from llmprune.trace import record
+
+MEANING: dict[str, Callable[..., int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "neg": operator.neg,
+    "max": max,
+    "min": min,
+}
+
+
+def evaluate(tree: Any, attribute: Callable[[str, str], int], shape: Callable[[int, int], int]) -> int:
+    """The value of an origin, given (module path, name) -> value and (tensor id, dim) -> size."""
+    if isinstance(tree, int):
+        return int(tree)
+    head, *rest = tree
+    if head == "attr":
+        return attribute(rest[0], rest[1])
+    if head == "shape":
+        return shape(*rest)
+    values = [evaluate(part, attribute, shape) for part in rest]
+    return int(MEANING[head](*values))
 
 
 def attribute_of(model: nn.Module) -> Any:
