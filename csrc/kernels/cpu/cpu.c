@@ -128,8 +128,3 @@ bool lp_simd_parse(const char *text, lp_simd *level)
     }
     return false;
 }
-
-const char *lp_simd_name(lp_simd level)
-{
-    return (unsigned)level < 4 ? names[level] : "plain";
-}

@@ -17,9 +17,6 @@ const lp_backend *lp_cpu_table(lp_simd level);
 /* *level from "plain", "neon", "avx2" or "avx512"; false (and *level untouched) for any other text. */
 bool lp_simd_parse(const char *text, lp_simd *level);
 
-/* "plain", "neon", "avx2" or "avx512". */
-const char *lp_simd_name(lp_simd level);
-
 /* Processors online, at least 1: what exec->threads == 0 stands for. */
 int lp_cpu_threads(void);
 
