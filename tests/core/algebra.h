@@ -1,4 +1,5 @@
-/* Short names for the axis algebra, on one lp_axes for the whole program: what test_axis.c is written in. */
+/* Short names for the axis algebra, on one lp_axes for the whole program: what test_axis.c and
+ * test_proofs.c are written in. */
 #ifndef TESTS_CORE_ALGEBRA_H
 #define TESTS_CORE_ALGEBRA_H
 

@@ -1,33 +1,5 @@
 /* axis.h: why two atoms are one axis, as chains of the unions that were made. */
-#include "check.h"
-#include "core/axis_internal.h"
-
-static lp_axes axes;
-static lp_error err;
-
-#define OK(call) CHECK((call) == LP_OK, "%s", err.message)
-
-static lp_expr fresh(int64_t size)
-{
-    lp_expr out = LP_EMPTY;
-    OK(lp_axes_fresh(&axes, size, &out, &err));
-    return out;
-}
-
-static void unify(lp_expr a, lp_expr b)
-{
-    OK(lp_axes_unify(&axes, a, b, LP_RULE_EQUAL, &err));
-}
-
-static void begin(void)
-{
-    lp_axes_init(&axes, lp_allocator_default());
-}
-
-static void end(void)
-{
-    lp_axes_free(&axes);
-}
+#include "algebra.h"
 
 static void test_unify_leaves_and_proofs(void)
 {
