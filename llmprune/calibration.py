@@ -163,8 +163,18 @@ def _read(path: Path) -> list[str]:
         raise CalibrationError(f"calibration file {str(path)!r} is not UTF-8 text: {error}") from error
     if path.suffix == ".txt":
         return [content]
+    return parse_rows(content, path)
+
+
+def parse_rows(content: str, path: Path) -> list[str]:
+    """The texts of a .jsonl file: one JSON object with a string under "text" on each line that is not blank.
+
+    Raises:
+        CalibrationError: a line that is something else; the message names it.
+    """
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    # Not splitlines(), which also parts at characters that JSON strings may hold (U+2028).
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -219,6 +229,7 @@ def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int) -
             break
     if len(joined) < needed:
         raise CalibrationError(
-            f"calibration text has {len(joined)} tokens, {needed} are needed ({samples} samples of {length})"
+            f"calibration text has {len(joined)} tokens, {needed} are needed ({samples} samples of {length}): "
+            "give more text, or ask for fewer or shorter samples"
         )
     return torch.tensor(joined[:needed], dtype=torch.int64).view(samples, length)

@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of stdout has gone (| head): nothing to say, and nothing to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"llmprune: the system refused: {error.strerror or error}{place}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -73,16 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--aggregation", default="sum", help="sum max product last (%(default)s)")
     prune.add_argument(
-        "--calibration", type=Path, metavar="FILE", help=".txt or .jsonl to score the groups on"
+        "--calibration", type=_path, metavar="FILE", help=".txt or .jsonl to score the groups on"
     )
     prune.add_argument("--samples", type=int, default=10, help="calibration samples (%(default)s)")
     prune.add_argument("--length", type=int, default=64, help="tokens in each (%(default)s)")
     prune.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for the pruned model; without it none is written"
+        "--output", type=_path, metavar="DIR", help="folder for the pruned model; without it none is written"
     )
     prune.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     prune.add_argument(
-        "--eval", type=Path, metavar="FILE", help="text to measure perplexity on, before and after"
+        "--eval", type=_path, metavar="FILE", help="text to measure perplexity on, before and after"
     )
     prune.add_argument("--generate", metavar="PROMPT", help="continue this text greedily, before and after")
     prune.add_argument(
@@ -102,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--no-verify", action="store_true", help="do not compare with the masked reference first"
     )
-    prune.add_argument("--save-plan", type=Path, metavar="FILE", help="write the plan as JSON as well")
+    prune.add_argument("--save-plan", type=_path, metavar="FILE", help="write the plan as JSON as well")
 
     trace = _command(commands, "trace", _trace, "show what can be pruned, by kind")
     trace.add_argument(
@@ -112,10 +116,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = _command(commands, "verify", _verify, "check a plan, or a pruned model, against the original")
     verify.add_argument(
-        "--plan", type=Path, metavar="FILE", help="a plan for MODEL_DIR, to compare with its masked form"
+        "--plan", type=_path, metavar="FILE", help="a plan for MODEL_DIR, to compare with its masked form"
     )
     verify.add_argument(
-        "--original", type=Path, metavar="DIR", help="what the pruned MODEL_DIR was made from"
+        "--original", type=_path, metavar="DIR", help="what the pruned MODEL_DIR was made from"
     )
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
@@ -127,8 +131,13 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
     """A subcommand with what all that read a model share."""
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument("model", type=Path, metavar="MODEL_DIR", help="folder of a Hugging Face model")
+    command.add_argument("model", type=_path, metavar="MODEL_DIR", help="folder of a Hugging Face model")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run modeling code that the model's folder brings along",
+    )
     command.add_argument("--quiet", action="store_true", help="no progress on stderr")
     command.set_defaults(run=run)
     return command
@@ -139,9 +148,21 @@ def _ratio(text: str) -> float | dict[str, float]:
     try:
         if "=" not in text:
             return float(text)
-        return {kind.strip(): float(share) for kind, share in (part.split("=") for part in text.split(","))}
+        pairs = [
+            (kind.strip(), float(share)) for kind, share in (part.split("=") for part in text.split(","))
+        ]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor kind=share,kind=share") from None
+    if len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a kind twice")
+    return dict(pairs)
+
+
+def _path(text: str) -> Path:
+    """A path; an empty one (an unset variable of a script) would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -166,23 +187,37 @@ def _print_json(value: Any) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    from llmprune.plan import check_choice
     from llmprune.prune import announcer, check_options, prune, save
+    from llmprune.score import check_scoring
     from llmprune.stages import Stages
 
     check_options(options.repair, None, options.output, options.overwrite)
+    check_scoring(options.importance, options.aggregation, options.calibration)
+    check_choice(
+        options.ratio,
+        kinds=options.kinds,
+        allocation=options.allocation,
+        protect_first=options.protect_first,
+        protect_last=options.protect_last,
+        round_to=options.round_to,
+    )
     _check_file(options.calibration, "calibration file")
     text = None
     if options.eval is not None:
         _check_file(options.eval, "evaluation file")
         text = _read_text(options.eval)
-    if options.save_plan is not None and not options.save_plan.absolute().parent.is_dir():
-        raise InputError(f"the folder of {options.save_plan} does not exist")
+    _check_plan_file(options.save_plan)
     clock = Stages(announcer(bool(options.quiet)))
-    model, tokenizer = _load(options.model, clock)
+    model, tokenizer = _load(options.model, clock, options.trust_remote_code)
     calibration = None
     if options.calibration is not None:
         from llmprune.calibration import load_calibration
 
+        if tokenizer is None:
+            raise InputError(
+                f"--calibration needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
+            )
         calibration = load_calibration(
             options.calibration,
             tokenizer,
@@ -225,12 +260,12 @@ def _prune(options: argparse.Namespace) -> None:
         print(report)
 
 
-def _load(directory: Path, clock: Stages) -> tuple[Any, Any]:
+def _load(directory: Path, clock: Stages, trust: bool) -> tuple[Any, Any]:
     """The model and its tokenizer (None where the folder has none)."""
     from llmprune.checkpoint import load_model, load_tokenizer
 
     with clock.stage("load", f"reading {directory}"):
-        return load_model(directory), load_tokenizer(directory)
+        return load_model(directory, trust_remote_code=trust), load_tokenizer(directory)
 
 
 def _judge(
@@ -273,20 +308,33 @@ def _vocabulary(model: Any) -> int | None:
 
 def _check_file(path: Path | None, what: str) -> None:
     if path is not None and not path.is_file():
-        raise InputError(f"{what} {path} does not exist")
+        raise InputError(f"{what} {path} {'is a folder' if path.is_dir() else 'does not exist'}: give a file")
+
+
+def _check_plan_file(path: Path | None) -> None:
+    """Refuse a place for the plan before any work."""
+    if path is None:
+        return
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give --save-plan a file")
+    if not parent.is_dir():
+        raise InputError(f"the folder of {path} does not exist: make it, or give --save-plan another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"the folder of {path} cannot be written to: give --save-plan another place")
 
 
 def _read_text(path: Path) -> str:
     """A .txt file whole, or the texts of a .jsonl file parted by blank lines."""
     try:
         content = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            return content
-        return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f'{path} is not one JSON object with a "text" on each line: {error}') from error
+    if path.suffix != ".jsonl":
+        return content
+    from llmprune.calibration import parse_rows
+
+    return "\n\n".join(parse_rows(content, path))
 
 
 # --- trace, verify, doctor --------------------------------------------------------------------------------------------
@@ -300,12 +348,18 @@ def _trace(options: argparse.Namespace) -> None:
 
     target = _explained(options.explain) if options.explain else None
     clock = Stages(announcer(bool(options.quiet)))
-    model, _ = _load(options.model, clock)
+    model, _ = _load(options.model, clock, options.trust_remote_code)
     with clock.stage("trace", "recording one forward pass"):
         graph = trace(model)
     if target is not None:
         name, dim, index = target
-        print(graph.explain(name, dim=dim, index=index))
+        explanation = str(graph.explain(name, dim=dim, index=index))
+        if options.json:
+            _print_json(
+                {"parameter": name, "dim": dim, "index": index, "explanation": explanation.splitlines()}
+            )
+        else:
+            print(explanation)
     elif options.json:
         frozen = [
             {"axis": a.id, "size": a.size, "reasons": list(a.reasons)} for a in graph.axes if not a.prunable
@@ -338,14 +392,16 @@ def _verify(options: argparse.Namespace) -> None:
 
         _check_file(options.plan, "plan")
         plan = Plan.load(options.plan)
-        model, _ = _load(options.model, clock)
+        model, _ = _load(options.model, clock, options.trust_remote_code)
         with clock.stage("verify", "comparing with the masked reference"):
             result: Any = verify(model, plan)
     else:
         from llmprune.recheck import recheck
 
-        model, _ = _load(options.model, clock)
-        original = None if options.original is None else _load(options.original, clock)[0]
+        model, _ = _load(options.model, clock, options.trust_remote_code)
+        original = (
+            None if options.original is None else _load(options.original, clock, options.trust_remote_code)[0]
+        )
         with clock.stage(
             "verify", "comparing with the original" if original is not None else "running the model"
         ):

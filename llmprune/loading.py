@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
@@ -30,6 +31,7 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_LOADING = (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError)
 _CHUNK = 1 << 24  # elements looked at in one go for NaN
 
 
@@ -75,7 +77,7 @@ def load_model(
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError) as error:
+    except (*_LOADING, StrictDataclassError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as a {kind.__name__}: {_first_line(error)}"
         ) from error
@@ -103,7 +105,7 @@ def load_tokenizer(directory: str | Path) -> Any | None:
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError) as error:
+    except _LOADING as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -307,4 +309,9 @@ def _others(names: list[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    # A first line that ends in a colon announces what the second says.
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]
+    # The text of a LookupError is the key alone, and some errors have none.
+    return (
+        f"{type(error).__name__}: {text}" if isinstance(error, LookupError) else text or type(error).__name__
+    )

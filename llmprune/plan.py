@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,16 +161,20 @@ class Plan:
         """Read a plan that :meth:`save` wrote.
 
         Raises:
-            PlanError: the file is not a plan.
-            OSError: the file cannot be read.
+            PlanError: the file cannot be read or is not a plan.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise PlanError(f"{path} is no pruning plan: {error}") from error
         if not isinstance(data, dict):
             raise PlanError(f"{path} is no pruning plan: it holds a {type(data).__name__}")
-        return cls.from_json(data)
+        try:
+            return cls.from_json(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         return self.to_json() == other.to_json() if isinstance(other, Plan) else NotImplemented
@@ -260,6 +265,14 @@ def plan(
         wanted = _check_removed(graph, removed)
     else:
         assert ratio is not None
+        check_choice(
+            ratio,
+            kinds=kinds,
+            allocation=allocation,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            round_to=round_to,
+        )
         options |= {
             "ratio": dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
             "kinds": list(ratio) if isinstance(ratio, Mapping) else list(kinds),
@@ -382,7 +395,7 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
 def _choose(graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]) -> dict[int, Indices]:
     """Axis id -> indices to remove for a ratio."""
     ratio = options["ratio"]
-    _check_options(graph, options)
+    _check_scope(graph, options["scope"])
     candidates = _candidates(graph, scores, options)
     if isinstance(ratio, dict):
         counts = {c.axis: c.share(ratio[c.kind]) for c in candidates}
@@ -392,26 +405,48 @@ def _choose(graph: Graph, system: System, scores: _Checked, options: Mapping[str
     return {c.axis: c.choose(counts[c.axis]) for c in candidates if counts.get(c.axis)}
 
 
-def _check_options(graph: Graph, options: Mapping[str, Any]) -> None:
-    ratio, kinds = options["ratio"], options["kinds"]
-    for kind in kinds:
+def check_choice(
+    ratio: float | Mapping[str, float],
+    *,
+    kinds: Sequence[str] = ("head", "ffn"),
+    allocation: str = "uniform",
+    protect_first: int | None = None,
+    protect_last: int | None = None,
+    round_to: int = 1,
+) -> None:
+    """Refuse what :func:`plan` refuses of these arguments for any graph, before anybody pays for a graph and scores.
+
+    Raises:
+        InputError: an argument outside its domain.
+    """
+    if isinstance(kinds, str):
+        raise InputError(f"kinds must be a sequence of names like ({kinds!r},), not the string {kinds!r}")
+    named = list(ratio) if isinstance(ratio, Mapping) else list(kinds)
+    for kind in named:
         if kind not in KINDS:
             raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
-    if not kinds:
+    if not named:
         raise InputError(f"no kind of axis to prune was named: the kinds are {', '.join(KINDS)}")
-    if isinstance(ratio, dict):
+    if isinstance(ratio, Mapping):
         for kind, share in ratio.items():
-            if not 0 <= share < 1:
-                raise InputError(f"the share of {kind} to remove must lie in [0, 1), not {share}")
+            if not isinstance(share, Real) or not 0 <= share < 1:
+                raise InputError(f"the share of {kind} to remove must lie in [0, 1), not {share!r}")
+    elif not isinstance(ratio, Real):
+        raise InputError(f"ratio must be a number, or a mapping from kinds to numbers, not {ratio!r}")
     elif not 0 < ratio < 1:
         raise InputError(f"ratio must lie strictly between 0 and 1, not {ratio}")
-    if options["allocation"] not in ALLOCATIONS:
-        raise InputError(f"unknown allocation {options['allocation']!r}: there are {', '.join(ALLOCATIONS)}")
-    for name, least in (("protect_first", 0), ("protect_last", 0), ("round_to", 1)):
-        value = options[name]
+    if allocation not in ALLOCATIONS:
+        raise InputError(f"unknown allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
+    for name, value, least in (
+        ("protect_first", protect_first, 0),
+        ("protect_last", protect_last, 0),
+        ("round_to", round_to, 1),
+    ):
         if value is not None and (not isinstance(value, int) or value < least):
             raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
-    scope = options["scope"]
+
+
+def _check_scope(graph: Graph, scope: str | None) -> None:
     if scope and not any(_under(name, scope) for name in graph.parameters):
         raise InputError(f"no parameter lies under the scope {scope!r}: give a module's path")
 

@@ -173,12 +173,22 @@ def prune(
         LlmpruneError: what the single steps raise.
     """
     from llmprune.compact import compact
+    from llmprune.plan import check_choice
     from llmprune.plan import plan as make_plan
-    from llmprune.score import score
+    from llmprune.score import check_scoring, score
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
 
     check_options(repair, repair_calibration, output, overwrite)
+    check_scoring(importance, aggregation, calibration)
+    check_choice(
+        ratio,
+        kinds=kinds,
+        allocation=allocation,
+        protect_first=protect_first,
+        protect_last=protect_last,
+        round_to=round_to,
+    )
     clock = Stages(announcer(quiet)) if stages is None else stages
     bytes_before = model_bytes(model)
     with clock.stage("trace", "recording one forward pass"):
@@ -206,7 +216,7 @@ def prune(
             verification = verify_plan(model, plan, inputs)
     tokens = traced_tokens(graph) or 1
     before = Size(plan.parameters_before, bytes_before, graph.macs({}) // tokens)
-    macs = graph.macs({axis: len(gone) for axis, gone in plan.removed.items()}) // tokens
+    macs = graph.macs({axis: gone.shape[-1] for axis, gone in plan.removed.items()}) // tokens
     with clock.stage("compact", "taking the slices out"):
         compact(model, plan)
     report = Report(

@@ -36,7 +36,7 @@ class Recheck:
     def __str__(self) -> str:
         lines = [
             f"{self.tensors} cut tensors have the shapes of the record, all weights are finite, and so are the outputs "
-            f"({self.parameters:,} parameters, pruned {self.prunings} times)"
+            f"({self.parameters:,} parameters, pruned {_times(self.prunings)})"
         ]
         if self.verification is None:
             lines.append("give --original to compare it with the model it was made from")
@@ -50,6 +50,10 @@ class Recheck:
             **asdict(self),
             "verification": None if self.verification is None else self.verification.to_json(),
         }
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def recheck(

@@ -207,6 +207,22 @@ class Scores(Mapping[int, np.ndarray]):
             raise InputError(f"{str(path)!r} holds no scores: {error!r}") from error
 
 
+def check_scoring(importance: str, aggregation: str, calibration: Any) -> Importance:
+    """The importance's rule; refuse what :func:`score` refuses of these arguments before anybody traces a model.
+
+    Raises:
+        InputError: an unknown importance or aggregation, or no calibration data for an importance that needs them.
+    """
+    rule = lookup(importance)
+    if aggregation not in AGGREGATIONS:
+        raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
+    if rule.order > 0 and calibration is None:
+        raise InputError(
+            f"importance {importance!r} needs calibration data: token ids, texts or a path (--calibration FILE)"
+        )
+    return rule
+
+
 def score(
     model: nn.Module,
     graph: Graph,
@@ -255,9 +271,7 @@ def score(
             floating point or not loaded, a loss that does not apply.
         CalibrationError: calibration data that cannot be used, or a sample whose loss is not finite.
     """
-    rule = lookup(importance)
-    if aggregation not in AGGREGATIONS:
-        raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
+    rule = check_scoring(importance, aggregation, calibration)
     axes = [axis for axis in graph.axes if axis.prunable]
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
@@ -342,8 +356,6 @@ def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
 def _calibration(
     model: nn.Module, source: Any, tokenizer: Any, samples: int, length: int, importance: str
 ) -> Batch:
-    if source is None:
-        raise InputError(f"importance {importance!r} needs calibration data: token ids, texts or a path")
     batch = load_calibration(source, tokenizer, samples=samples, length=length, vocabulary=_vocabulary(model))
     return batch.to(next(model.parameters()).device)
 
