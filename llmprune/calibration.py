@@ -124,17 +124,23 @@ def _from_ids(ids: torch.Tensor, vocabulary: int | None) -> Batch:
             "next-token loss"
         )
     ids = ids.to(torch.int64)
+    _check_range(ids, vocabulary)
+    inputs = {"input_ids": ids}
+    return Batch(inputs, _digest(inputs))
+
+
+def _check_range(ids: torch.Tensor, vocabulary: int | None) -> None:
+    if ids.is_meta:
+        raise InputError("calibration ids are on the meta device and have no values: give real ones")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         bad = low if low < 0 else high
-        sample = int((ids == bad).any(1).nonzero()[0])
+        sample = int((ids == bad).nonzero()[0, 0])
         limit = f" of {vocabulary} tokens" if vocabulary is not None else ""
         raise CalibrationError(
             f"token id {bad} in calibration sample {sample} is outside the model's vocabulary{limit}: was another "
             "model's tokenizer used?"
         )
-    inputs = {"input_ids": ids}
-    return Batch(inputs, _digest(inputs))
 
 
 def _from_mapping(source: Mapping[str, Any]) -> Batch:
@@ -215,6 +221,10 @@ def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int) -
             raise InputError(f"calibration texts hold a {type(text).__name__}: each must be a string")
     if tokenizer is None:
         raise InputError("calibration texts need a tokenizer: pass tokenizer=, or a tensor of token ids")
+    if not callable(tokenizer):
+        raise InputError(
+            f"the tokenizer is a {type(tokenizer).__name__}: give an object, as AutoTokenizer.from_pretrained makes it"
+        )
     needed = samples * length
     rows: list[list[int]] = []
     joined: list[int] = []

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from llmprune.atomic import write_file
 from llmprune.calibration import LENGTH, SAMPLES, Batch, load_calibration
-from llmprune.errors import InputError, PlanError
+from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance, lookup
 from llmprune.loss import SampleLosses, UserLoss, config_value
 from llmprune.reduction import Reducer, Sums
@@ -299,6 +300,7 @@ def score(
         tables = {
             axis: _nested(graph.axes[axis], around, structures, aggregation) for axis, around in outer.items()
         }
+        _check_finite(axes, values, importance)
     return Scores(
         values,
         importance=importance,
@@ -309,6 +311,28 @@ def score(
         kinds={axis.id: axis.kind for axis in axes},
         nested=tables,
     )
+
+
+@contextmanager
+def _ids_in_range() -> Iterator[None]:
+    """Say what an index out of range inside the model usually is (ids in a mapping are the model's own business)."""
+    try:
+        yield
+    except IndexError as error:
+        raise CalibrationError(
+            f"the model does not run on the calibration samples ({error}): are token ids outside its vocabulary?"
+        ) from error
+
+
+def _check_finite(axes: Sequence[Axis], values: Mapping[int, np.ndarray], importance: str) -> None:
+    """Raise CalibrationError where gradients or their products with weights left the range of their dtype."""
+    for axis in axes:
+        if not np.isfinite(values[axis.id]).all():
+            place = f" of {axis.places[0][0]}" if axis.places else ""
+            raise CalibrationError(
+                f"the {importance} scores of axis {axis.id} ({axis.kind}{place}) are not finite, although weights and "
+                "losses are: gradients overflow; look for extreme weights or use a wider dtype"
+            )
 
 
 def _tick(bar: tqdm[Any], name: str) -> None:
@@ -394,7 +418,7 @@ def _streamed(
 ) -> Sums:
     """First and second order, with the model as it was afterwards."""
     losses_of = SampleLosses(model, loss, batch)
-    with undisturbed(model):
+    with undisturbed(model), _ids_in_range():
         return streamed_sums(
             model,
             batch,

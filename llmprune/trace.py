@@ -102,6 +102,8 @@ def _record(model: nn.Module, inputs: dict[str, Any], device_mode: str, attentio
     try:
         tape = Recording(model, inputs, replace(setup, meta=False)).run()
     except TraceError as error:
+        if reason in str(error):
+            raise
         raise TraceError(f"{error}; on the meta device it had failed with: {reason}") from error
     tape.notes.append(f"recorded on real tensors because the meta device did not do: {reason}")
     return tape
@@ -111,8 +113,12 @@ def bind_inputs(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Inputs as keyword arguments of ``model.forward``; made from its config if None.
 
     Raises:
-        InputError: they do not fit; names the arguments that do not and those there are.
+        InputError: the model is none, or they do not fit; names the arguments that do not and those there are.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is a {type(model).__name__}: give a torch.nn.Module (from_pretrained makes one)"
+        )
     signature = inspect.signature(model.forward)
     names = [
         name

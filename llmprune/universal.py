@@ -93,11 +93,13 @@ def difference(model: Any, record: Compaction, base: Any) -> dict[str, Any]:
         if _config_path(model, attribute) is None and _get(built, attribute) != attribute.value:
             entry = attribute.name if attribute.index is None else f"{attribute.name}[{attribute.index}]"
             attributes.setdefault(attribute.module, {})[entry] = attribute.value
-    passing = {name for name, _ in non_persistent_buffers(model)}
+    passing = {name for name, _ in non_persistent_buffers(built)}
+    # A model loaded from the universal form already stores some that its stock class computes.
+    stored = shapes.keys() | model.state_dict().keys()
     return {
         "format": FORMAT,
         "shapes": shapes,
-        "buffers": [name for name in shapes if name in passing],
+        "buffers": [name for name in after if name in passing and name in stored],
         "attributes": attributes,
         "config": [list(change) for change in changes],
     }

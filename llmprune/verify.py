@@ -206,7 +206,13 @@ def _reference(
 ) -> tuple[dict[str, torch.Tensor], KeptPositions]:
     """Outputs of the masked reference; ``model``'s parameters are masked already."""
     with kept_positions(plan.marked) as mode:
-        reference = outputs_of(model, batch)
+        try:
+            reference = outputs_of(model, batch)
+        except IndexError as error:
+            raise InputError(
+                f"{type(model).__name__} does not run on the inputs of the check ({error}): are token ids outside "
+                "its vocabulary?"
+            ) from error
     if mode.missing:
         op = mode.missing[0]
         raise VerificationError(
