@@ -75,6 +75,7 @@ def load_model(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
     except (*_LOADING, StrictDataclassError) as error:
@@ -255,8 +256,10 @@ def _check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: d
             f"{folder} lacks {missing[0]}{_others(missing)} of the {type(model).__name__} its config describes{also}"
         )
     if mismatched := info.get("mismatched_keys"):
+        name, stored, wanted = min(mismatched)
         raise CheckpointError(
-            f"{folder} holds tensors of other shapes than its config says: {next(iter(mismatched))}"
+            f"{name} in {folder} has shape {tuple(stored)}, but the folder's config asks for {tuple(wanted)}: one of "
+            "the two is another model's; copy both again"
         )
     if unexpected := sorted(info.get("unexpected_keys", ())):
         log.warning(

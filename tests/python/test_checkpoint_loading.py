@@ -138,7 +138,7 @@ def test_a_missing_tensor(folder: Path) -> None:
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:
     edit_config(folder, intermediate_size=24)
-    assert "cannot be loaded as a LlamaForCausalLM" in refusal(folder)
+    assert "has shape (24, 20), but the folder's config asks for (24, 24)" in refusal(folder)
 
 
 def test_quantised_weights(folder: Path) -> None:
