@@ -19,7 +19,11 @@ _LOGITS = 1 << 26
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokenizer: Any, text: str, window: int = WINDOW, max_windows: int | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | torch.Tensor,
+    window: int = WINDOW,
+    max_windows: int | None = None,
 ) -> float:
     """The exponential of the mean next-token loss over consecutive, non-overlapping windows.
 
@@ -29,7 +33,7 @@ def perplexity(
     Args:
         model: a causal language model; it is run in evaluation mode and left in its own.
         tokenizer: called as ``tokenizer(text, add_special_tokens=False)["input_ids"]``.
-        text: at least ``window`` tokens.
+        text: at least ``window`` tokens of text, or their ids (int64, 1-D; the tokenizer is then not used).
         window: tokens per window, at least 2; cut to the model's ``max_position_embeddings``.
         max_windows: use only the first so many.
 
@@ -40,9 +44,9 @@ def perplexity(
     window = min(window, limit) if isinstance(limit, int) and limit > 1 else window
     if window < 2:
         raise InputError(f"a window of {window} tokens scores nothing: 2 is the least")
-    ids = torch.tensor(
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
-    )
+    if isinstance(text, str):
+        text = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = text.to(torch.int64)
     count = len(ids) // window
     if max_windows is not None:
         count = min(count, max_windows)

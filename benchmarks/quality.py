@@ -1,0 +1,134 @@
+"""Claim: what the importances are worth. Perplexity after removing 20 % of the FFN channels and 25 % of the key-value
+groups in every layer, for every importance and aggregation, with three seeds for random.
+
+    python benchmarks/quality.py [MODEL_DIR ...] [--data DIR]
+
+Protocol: calibration on 10 x 64 tokens of the training text's head; judged on the first 100,000 characters of the
+validation text in windows of 128 tokens without overlap, the first token of a window not scored; texts are encoded
+as the tokenizer does by default.
+Without arguments it runs on the demo model with the demo's texts; with ``--data`` (or LLMPRUNE_DATA) on every model
+folder below DIR/models with the TinyStories texts of DIR/text. Writes results/quality.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import Claim, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmprune
+from llmprune.perplexity import perplexity
+
+RATIO = {"ffn": 0.2, "head": 0.25}
+IMPORTANCES = ("l1", "l2", "vector", "element1", "element2")
+AGGREGATIONS = ("sum", "max", "product", "last")
+SEEDS = (0, 1, 2)
+SAMPLES, LENGTH, SPACING = 10, 64, 192
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its calibration and evaluation texts."""
+
+    model: Path
+    calibration: str
+    evaluation: str
+
+
+def cases(models: list[str], data: Path | None) -> Iterator[Case]:
+    """The models to judge."""
+    if data is None:
+        calibration, evaluation = (DEMO / "calibration.txt").read_text(), (DEMO / "eval.txt").read_text()
+        for folder in models or [str(DEMO / "model")]:
+            yield Case(Path(folder), calibration, evaluation[:100_000])
+        return
+    calibration = (data / "text/tinystories_train_head.txt").read_text()[:200_000]
+    evaluation = (data / "text/tinystories_valid_a.txt").read_text()[:100_000]
+    for folder in models or sorted(str(path) for path in (data / "models").iterdir() if path.is_dir()):
+        yield Case(Path(folder), calibration, evaluation)
+
+
+def judge(case: Case) -> dict[str, Any]:
+    """Perplexities of the dense model and of every pruned one."""
+    tokenizer = AutoTokenizer.from_pretrained(case.model)
+    dense = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
+    train = torch.tensor(tokenizer(case.calibration, verbose=False)["input_ids"])
+    valid = torch.tensor(tokenizer(case.evaluation, verbose=False)["input_ids"])
+    ids = torch.stack([train[i * SPACING : i * SPACING + LENGTH] for i in range(SAMPLES)])
+    graph = llmprune.trace(dense)
+
+    def pruned(importance: str, aggregation: str = "sum", seed: int = 0) -> tuple[float, int]:
+        model = copy.deepcopy(dense)
+        scores = llmprune.score(
+            model, graph, ids, importance=importance, aggregation=aggregation, seed=seed, quiet=True
+        )
+        plan = llmprune.plan(
+            graph, scores, ratio=RATIO, allocation="uniform", protect_first=0, protect_last=0, seed=seed
+        )
+        llmprune.compact(model, plan)
+        return perplexity(model, tokenizer, valid), sum(p.numel() for p in model.parameters())
+
+    table: dict[str, Any] = {
+        "parameters": {"dense": sum(p.numel() for p in dense.parameters())},
+        "dense": perplexity(dense, tokenizer, valid),
+    }
+    for importance in IMPORTANCES:
+        results = {aggregation: pruned(importance, aggregation) for aggregation in AGGREGATIONS}
+        table[importance] = {aggregation: value for aggregation, (value, _) in results.items()}
+        table["parameters"]["pruned"] = results["sum"][1]
+    seeds = [pruned("random", seed=seed)[0] for seed in SEEDS]
+    table["random"] = {"median": statistics.median(seeds), "seeds": seeds}
+    return table
+
+
+def show(name: str, table: dict[str, Any]) -> None:
+    """Print one model's table."""
+    before, after = table["parameters"]["dense"], table["parameters"]["pruned"]
+    print(f"\n{name}: {before:,} parameters, {after:,} after; perplexity {table['dense']:.2f} dense")
+    print(f"{'':10s}" + "".join(f"{aggregation:>10s}" for aggregation in AGGREGATIONS))
+    for importance in IMPORTANCES:
+        values = table[importance]
+        print(f"{importance:10s}" + "".join(f"{values[aggregation]:10.2f}" for aggregation in AGGREGATIONS))
+    seeds = ", ".join(f"{value:.2f}" for value in table["random"]["seeds"])
+    print(f"{'random':10s}{table['random']['median']:10.2f}   (seeds {seeds})")
+
+
+def main() -> int:
+    """Run, print, write the result; exit status 1 when a claim fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*")
+    parser.add_argument("--data", type=Path, default=os.environ.get("LLMPRUNE_DATA"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    claims, tables = [], {}
+    for case in cases(args.model, None if args.data is None else Path(args.data)):
+        start = time.perf_counter()
+        name = "demo" if case.model == DEMO / "model" else case.model.name
+        tables[name] = table = judge(case)
+        table["seconds"] = round(time.perf_counter() - start, 1)
+        show(name, table)
+        claims.append(
+            Claim(f"{name}: element1 over random", table["element1"]["sum"] / table["random"]["median"], 1.0)
+        )
+        claims.append(Claim(f"{name}: element1 over l2", table["element1"]["sum"] / table["l2"]["sum"], 1.0))
+    path = save("quality" if args.data is None else "quality_tinystories", claims, ratio=RATIO, tables=tables)
+    print(f"\n{path}")
+    for claim in claims:
+        print(claim)
+    return 0 if all(claim.holds for claim in claims) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
