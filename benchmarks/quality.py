@@ -1,5 +1,7 @@
-"""Claim: what the importances are worth. Perplexity after removing 20 % of the FFN channels and 25 % of the key-value
-groups in every layer, for every importance and aggregation, with three seeds for random.
+"""What the importances are worth: perplexity of pruned models.
+
+20 % of the FFN channels and 25 % of the key-value groups are removed in every layer, for every importance and
+aggregation, with three seeds for random.
 
     python benchmarks/quality.py [MODEL_DIR ...] [--data DIR]
 
@@ -107,7 +109,9 @@ def show(name: str, table: dict[str, Any]) -> None:
 
 def main() -> int:
     """Run, print, write the result; exit status 1 when a claim fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="*")
     parser.add_argument("--data", type=Path, default=os.environ.get("LLMPRUNE_DATA"))
     args = parser.parse_args()
