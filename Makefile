@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 2
 PY_SOURCES := setup.py llmprune tests $(wildcard demo benchmarks)
 C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/binding/*.[ch] tests/core/*.[ch] tests/kernels/*.[ch])
 
-.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench clean
+.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench architectures clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -22,6 +22,7 @@ help:
 	@echo "make ctest     the C tests; asan, tsan, valgrind: the same under a checker"
 	@echo "make pytest    the Python tests (ARGS=... goes to pytest)"
 	@echo "make bench     every benchmark; results in benchmarks/results"
+	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
 	@echo "make clean     remove what was built, but not .venv"
 
 # --- environment and extension --------------------------------------------------------------------------------------
@@ -70,7 +71,10 @@ pytest: $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
-	set -e; for file in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file"; done
+	set -e; for file in $(filter-out benchmarks/_% benchmarks/architectures.py,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file"; done
+
+architectures: $(EXTENSION)
+	$(BIN)/python benchmarks/architectures.py --jobs $(JOBS) $(ARGS)
 
 # --- C tests: no Python involved ------------------------------------------------------------------------------------
 # Each tests/{core,kernels}/test_*.c is a program that exits 0 when it passes; other .c files there are shared by all.

@@ -1,0 +1,352 @@
+"""One architecture put to every test: what is prunable, whether it comes out whole, and what loads it again.
+
+The equality check: every prunable axis loses one or two random indices (never the last, so that what follows has to
+move up), a copy is compacted, and its outputs are compared with those of the original in which exactly the removed
+positions of the same parameters are zero. That reference is built here and shares nothing with llmprune but the kept
+positions of the plan. Where an operation normalises over what was removed, zeros are no reference, and the masked one
+of llmprune.verify stands in.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import Recipe, build
+from torch import nn
+
+import llmprune
+from llmprune.errors import CheckpointError, LlmpruneError
+from llmprune.inputs import example_inputs
+
+TOLERANCE = 1e-5
+"""Largest difference of the outputs, relative to the largest output."""
+
+EVERYTHING = ("head", "query", "ffn")
+"""Kinds of which a quarter goes at once."""
+
+RELOAD = Path(__file__).with_name("_reload.py")
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a caller reads: the logits, or the last hidden state, or every floating point output."""
+    with torch.no_grad():
+        out = model(**copy.deepcopy(inputs))
+    items = {"output": out} if isinstance(out, torch.Tensor) else dict(out.items())
+    floats = {k: v for k, v in items.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    found = {k: v for k, v in floats.items() if "logits" in k}
+    if not found and "last_hidden_state" in floats:
+        found = {"last_hidden_state": floats["last_hidden_state"]}
+    found = found or floats
+    if not found:
+        raise RuntimeError("the model's output holds no floating point tensor")
+    return {k: v.detach().double() for k, v in found.items()}
+
+
+def difference(reference: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> float:
+    """Largest difference over the largest reference value (or over 1); infinite where a shape differs."""
+    worst = 0.0
+    for name, tensor in reference.items():
+        if name not in got or got[name].shape != tensor.shape:
+            return float("inf")
+        gap = torch.where(tensor == got[name], 0.0, (tensor - got[name]).abs())
+        finite = tensor[tensor.isfinite()]
+        scale = max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
+        error = float(gap.max()) / scale if gap.numel() else 0.0
+        worst = float("inf") if error != error else max(worst, error)
+    return worst
+
+
+def gone(plan: llmprune.Plan, name: str, dim: int, size: int) -> np.ndarray[Any, Any]:
+    """Positions of a parameter's dimension that the plan removes."""
+    kept = plan.kept.get(name, {}).get(dim)
+    return np.arange(0) if kept is None else np.setdiff1d(np.arange(size), kept)
+
+
+def zeroed(model: nn.Module, plan: llmprune.Plan) -> nn.Module:
+    """A copy with the removed positions of every parameter set to zero."""
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in masked.named_parameters(remove_duplicate=False):
+            for dim in range(parameter.dim()):
+                parameter.index_fill_(dim, torch.as_tensor(gone(plan, name, dim, parameter.shape[dim])), 0.0)
+    return masked
+
+
+def compacted(model: nn.Module, plan: llmprune.Plan) -> nn.Module:
+    """A compacted copy."""
+    small = copy.deepcopy(model)
+    llmprune.compact(small, plan)
+    return small
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line of a table."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:240]}" if text else type(error).__name__
+
+
+class Examination:
+    """Puts one recipe to every test; ``row`` holds what is known so far, ``tell`` is called whenever it grows."""
+
+    def __init__(self, recipe: Recipe, attention: str, row: dict[str, Any], tell: Callable[[], None]) -> None:
+        self.recipe = recipe
+        self.attention = attention
+        self.row = row
+        self.tell = tell
+        self.random = random.Random(0)
+        self.failures: list[str] = row.setdefault("failures", [])
+
+    def run(self, quick: bool = False) -> None:
+        """All stages (without checkpoints where it has to be quick); one that raises is a failure and ends it."""
+        self.row["seconds"] = {}
+        stages = (self.make, self.trace, self.each_axis, self.all_at_once, self.checkpoints)
+        for stage in stages[:-1] if quick else stages:
+            self.row["stage"] = stage.__name__
+            self.tell()
+            start = time.perf_counter()
+            try:
+                stage()
+            except Exception as error:  # noqa: BLE001  (whatever it is, it is the row's reason)
+                self.failures.append(f"{stage.__name__}: {sentence(error)}")
+                return
+            finally:
+                self.row["seconds"][stage.__name__] = round(time.perf_counter() - start, 2)
+        del self.row["stage"]
+
+    # Stages ------------------------------------------------------------------------------------------------------
+
+    def make(self) -> None:
+        """Build the model and its inputs, and run it."""
+        self.model = build(self.recipe, self.attention)
+        inputs = self.recipe.inputs
+        self.inputs = example_inputs(self.model) if inputs is None else inputs(self.model)
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_experts_implementation"):
+                config._experts_implementation = "batched_mm"  # as a trace and a verification do
+        outputs(self.model, self.inputs)  # some models rescale their weights once
+        self.base = outputs(self.model, self.inputs)
+        if not all(bool(tensor.isfinite().any()) for tensor in self.base.values()):
+            raise RuntimeError("the random model computes nothing finite")
+        self.row["parameters"] = sum(p.numel() for p in self.model.parameters())
+
+    def trace(self) -> None:
+        """Find the axes."""
+        given = None if self.recipe.inputs is None else self.inputs
+        self.graph = llmprune.trace(self.model, given)
+        axes = self.graph.axes
+        self.axes = [axis for axis in axes if axis.prunable]
+        self.row |= {
+            "ops": len(self.graph.tape.ops),
+            "unknown": self.graph.unknown_operations,
+            "device": self.graph.tape.device_mode,
+            "notes": list(self.graph.tape.notes),
+            "axes": dict(Counter(axis.kind for axis in self.axes)),
+            "frozen": [f"{a.kind}({a.size}) {a.places[0][0]}[{a.places[0][1]}]: {'; '.join(a.reasons)}"
+                       for a in axes if not a.prunable and a.places],
+        }  # fmt: skip
+        if not self.axes:
+            raise RuntimeError("no axis is prunable")
+
+    def each_axis(self) -> None:
+        """Each prunable axis alone."""
+        tally = self.row["equality"] = {
+            "equal": 0,
+            "of": len(self.axes),
+            "worst": 0.0,
+            "masked": 0,
+            "unmoved": 0,
+        }
+        for axis in self.axes:
+            if axis.size < 2:
+                tally["equal"] += 1
+                continue
+            count = min(1 if axis.marks else 2, axis.size - 1)
+            removed = sorted(self.random.sample(range(axis.size - 1), count))
+            try:
+                error = self.compare({axis.id: removed}, axis.id)
+            except Exception as problem:  # noqa: BLE001
+                self.failures.append(f"{axis.kind}({axis.size}) {axis.places[0][0]}: {sentence(problem)}")
+                continue
+            tally["worst"] = max(tally["worst"], error)
+            if error <= TOLERANCE:
+                tally["equal"] += 1
+            else:
+                self.failures.append(f"{axis.kind}({axis.size}) {axis.places[0][0]}: differs by {error:.1e}")
+
+    def all_at_once(self) -> None:
+        """A quarter of every unmarked head, query and ffn axis, also with padding; and one expert of each axis."""
+        self.plan = self.quarter()
+        if self.plan is not None:
+            batches = {"": self.inputs}
+            mask = self.inputs.get("attention_mask")
+            if mask is not None and mask.dim() == 2:
+                padded = mask.clone()
+                padded[:, -1] = 0
+                batches[" padded"] = {**self.inputs, "attention_mask": padded}
+            if self.marked(self.plan):
+                llmprune.verify(self.model, self.plan, self.inputs)
+            else:
+                small, masked = compacted(self.model, self.plan), zeroed(self.model, self.plan)
+                for what, batch in batches.items():
+                    error = difference(outputs(masked, batch), outputs(small, batch))
+                    self.row["equality"]["worst"] = max(self.row["equality"]["worst"], error)
+                    if not error <= TOLERANCE:
+                        self.failures.append(f"all at once{what}: differs by {error:.1e}")
+        experts = {
+            a.id: [self.random.randrange(a.size - 1)] for a in self.axes if a.kind == "expert" and a.size > 2
+        }
+        if experts:
+            removed = {**(self.plan.removed if self.plan else {}), **experts}
+            self.plan = llmprune.plan(self.graph, removed=removed)
+            llmprune.verify(self.model, self.plan, self.inputs)
+
+    def checkpoints(self) -> None:
+        """Save what was pruned at once in universal form and each kind alone in stock form; reload without llmprune."""
+        self.row["stock"], self.row["reload"] = {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            jobs: list[dict[str, Any]] = []
+            if self.plan is not None:
+                self.save(jobs, Path(folder), "universal", self.plan)
+            for kind in sorted(self.row["axes"]):
+                plan = self.uniform(kind)
+                if plan is None:
+                    self.row["stock"][kind] = "no plan of uniform counts closes"
+                    continue
+                try:
+                    self.save(jobs, Path(folder), kind, plan)
+                    self.row["stock"][kind] = "yes"
+                except CheckpointError as error:
+                    self.row["stock"][kind] = " ".join(str(error).split())
+                self.tell()
+            self.reload(jobs)
+
+    # Helpers -----------------------------------------------------------------------------------------------------
+
+    def compare(self, removed: dict[int, Any], axis: int) -> float:
+        """The difference of the compacted model from its reference when these indices go."""
+        plan = llmprune.plan(self.graph, removed=removed)
+        lost = np.asarray(plan.removed[axis]).ravel()
+        if not np.isin(np.asarray(removed[axis]), lost).all():
+            raise RuntimeError("the plan leaves out an index it was asked to remove")
+        small, masked = compacted(self.model, plan), zeroed(self.model, plan)
+        shapes = dict(small.named_parameters(remove_duplicate=False))
+        for name, dims in plan.kept.items():
+            for dim, kept in dims.items():
+                if name in shapes and shapes[name].shape[dim] != len(kept):
+                    raise RuntimeError(
+                        f"{name} has {shapes[name].shape[dim]} positions in {dim}, not {len(kept)}"
+                    )
+        reference = outputs(masked, self.inputs)
+        if difference(self.base, reference) < 1e-12:
+            self.row["equality"]["unmoved"] += 1
+        error = difference(reference, outputs(small, self.inputs))
+        if self.marked(plan):
+            try:
+                verified = llmprune.verify(self.model, plan, self.inputs)
+            except LlmpruneError:
+                if error <= TOLERANCE:
+                    raise RuntimeError("verify refuses what equals the zeroed reference") from None
+                raise
+            if not error <= TOLERANCE:
+                self.row["equality"]["masked"] += 1
+                error = verified.relative_error
+        return error
+
+    def marked(self, plan: llmprune.Plan) -> bool:
+        """Whether something normalises over what the plan removes."""
+        return any(self.graph.axes[axis].marks for axis in plan.removed)
+
+    def quarter(self) -> llmprune.Plan | None:
+        """The plan that takes a quarter of every unmarked head, query and ffn axis."""
+        removed = {
+            axis.id: sorted(self.random.sample(range(axis.size), max(1, axis.size // 4)))
+            for axis in self.axes
+            if axis.kind in EVERYTHING and not axis.marks and axis.size > 1
+        }
+        if not removed:  # none of these kinds: one of whatever there is
+            removed = {axis.id: [0] for axis in self.axes[:1] if axis.size > 1}
+        return llmprune.plan(self.graph, removed=removed) if removed else None
+
+    def uniform(self, kind: str) -> llmprune.Plan | None:
+        """A plan that takes the same small number of indices of every axis of a kind, of one that closes."""
+        axes = [axis for axis in self.axes if axis.kind == kind and axis.size > 1]
+        for share in (2, 1, 4) if axes else ():
+            removed = {
+                a.id: list(range(max(1, a.size // 8) if share == 2 else min(share, a.size - 1))) for a in axes
+            }
+            try:
+                return llmprune.plan(self.graph, removed=removed)
+            except LlmpruneError:
+                continue
+        return None
+
+    def save(self, jobs: list[dict[str, Any]], folder: Path, name: str, plan: llmprune.Plan) -> None:
+        """Save a compacted copy, universal or stock, as one more job of the reloading process."""
+        small = compacted(self.model, plan)
+        form = "universal" if name == "universal" else "stock"
+        saved = llmprune.save_pretrained(small, folder / name, form=form, inputs=self.inputs)
+        jobs.append({"name": name, "folder": saved.directory, "expected": outputs(small, self.inputs)})
+
+    def reload(self, jobs: list[dict[str, Any]]) -> None:
+        """Load every folder in a process that never sees llmprune, and compare."""
+        if not jobs:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "jobs.pt"
+            torch.save(
+                {
+                    "jobs": jobs,
+                    "inputs": self.inputs,
+                    "class": self.recipe.model,
+                    "attention": self.attention,
+                },
+                file,
+            )
+            run = subprocess.run(
+                [sys.executable, str(RELOAD), str(file)],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=folder,
+            )
+        lines = [line.split("\t") for line in run.stdout.splitlines() if line.count("\t") == 1]
+        for name, answer in lines:
+            self.row["reload"][name] = answer
+            if not _is_small(answer):
+                self.failures.append(f"reload of {name}: {answer}")
+        for job in jobs:
+            if job["name"] not in self.row["reload"]:
+                last = (run.stderr.strip().splitlines() or ["no answer"])[-1]
+                self.row["reload"][job["name"]] = last[:200]
+                self.failures.append(f"reload of {job['name']}: {last[:200]}")
+
+
+def _is_small(answer: str) -> bool:
+    try:
+        return float(answer) <= TOLERANCE
+    except ValueError:
+        return False
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are no work for many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

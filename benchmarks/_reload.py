@@ -1,0 +1,59 @@
+"""Load checkpoint folders in a process that never imports llmprune; print for each how far its outputs are off.
+
+python benchmarks/_reload.py JOBS.pt
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def difference(job: dict[str, Any], given: dict[str, Any]) -> float:
+    """The largest difference relative to the largest output (or 1)."""
+    folder = Path(job["folder"])
+    auto = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    names = [name for name in auto if name.startswith("AutoModel")]
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    kind = getattr(transformers, max(names, key=len) if names else named)
+    model = kind.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float64, attn_implementation=given["attention"]
+    ).eval()
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "batched_mm"
+    with torch.no_grad():
+        out = model(**given["inputs"])
+    worst = 0.0
+    for name, expected in job["expected"].items():
+        got = (out if isinstance(out, torch.Tensor) else out[name]).double()
+        gap = torch.where(got == expected, 0.0, (got - expected).abs())
+        finite = expected[expected.isfinite()]
+        worst = max(worst, float(gap.max()) / max(1.0, float(finite.abs().max())))
+    return worst
+
+
+def main() -> None:
+    """Every job of the file; one line each."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    given = torch.load(sys.argv[1], weights_only=False)
+    for job in given["jobs"]:
+        try:
+            answer = f"{difference(job, given):.1e}"
+        except Exception as error:  # noqa: BLE001  (the answer of this job)
+            answer = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        print(job["name"], answer, sep="\t", flush=True)
+    if "llmprune" in sys.modules:
+        raise SystemExit("llmprune was imported")
+
+
+if __name__ == "__main__":
+    main()

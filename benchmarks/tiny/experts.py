@@ -1,0 +1,20 @@
+"""Recipes: mixtures of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny.recipe import Recipe, causal_lm
+
+NAMES = (
+    "afmoe", "aria_text", "axk1", "axk2", "beam", "cohere2_moe", "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+    "deepseek_v4", "doge", "dots1", "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint",
+    "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa",
+    "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_text", "inkling_text", "jetmoe", "kolibri1",
+    "laguna", "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text",
+    "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open", "zaya",
+)  # fmt: skip
+
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+RECIPES: tuple[Recipe, ...] = tuple(causal_lm(name, **OVERRIDES.get(name, {})) for name in NAMES)

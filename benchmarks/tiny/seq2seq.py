@@ -1,0 +1,7 @@
+"""Recipes: seq2seq."""
+
+from __future__ import annotations
+
+from tiny.recipe import Recipe
+
+RECIPES: tuple[Recipe, ...] = ()

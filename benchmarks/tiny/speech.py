@@ -1,0 +1,7 @@
+"""Recipes: speech."""
+
+from __future__ import annotations
+
+from tiny.recipe import Recipe
+
+RECIPES: tuple[Recipe, ...] = ()

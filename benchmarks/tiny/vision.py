@@ -1,0 +1,7 @@
+"""Recipes: vision."""
+
+from __future__ import annotations
+
+from tiny.recipe import Recipe
+
+RECIPES: tuple[Recipe, ...] = ()
