@@ -40,10 +40,26 @@ def tensor_scores(
     threads: int = 0,
 ) -> None: ...
 def accumulate_square(acc: _Tensor, grad: _Tensor, scale: float, threads: int = 0) -> None: ...
-def compact(tensor: _Tensor, kept: dict[int, npt.NDArray[np.int64]], threads: int = 0) -> tuple[int, ...]: ...
+def compact(tensor: _Tensor, kept: dict[int, npt.NDArray[np.int64]], threads: int = 0) -> Block: ...
 def compact_into(
     target: _Tensor, source: _Tensor, kept: dict[int, npt.NDArray[np.int64]], threads: int = 0
 ) -> None: ...
+
+@final
+class Block:
+    """Memory that holds a result, for ``torch.from_dlpack`` and ``numpy.from_dlpack``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 @final
 class Graph:

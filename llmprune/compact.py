@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.dlpack import from_dlpack
 
 from llmprune import _core, record
 from llmprune.errors import PlanError, TensorError
@@ -179,7 +180,8 @@ def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor
     """The kept positions of a dense CPU tensor, moved together at the front of its own memory; nothing is allocated.
 
     Returns:
-        A view of that front. What ``tensor`` held is gone, and the memory behind the front stays taken.
+        That front, which shares (and keeps alive) the memory of ``tensor``. What ``tensor`` held is gone, and the
+        memory behind the front stays taken.
 
     Raises:
         TensorError: not a contiguous CPU tensor of elements of 1, 2, 4 or 8 bytes.
@@ -189,8 +191,8 @@ def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor
         raise TensorError(
             f"a tensor of {tensor.dtype} on {tensor.device} cannot be compacted in its own memory"
         )
-    shape = _core.compact(whole.view(word), dict(kept))
-    return whole.view(-1)[: math.prod(shape)].view(shape)
+    smaller: torch.Tensor = from_dlpack(_core.compact(whole.view(word), dict(kept)))
+    return smaller.view(tensor.dtype)
 
 
 def set_attributes(model: nn.Module, attributes: Iterable[AttributeValue]) -> None:

@@ -20,6 +20,7 @@ typedef struct {
     const lp_backend
         *backend; /* the CPU kernels this process uses; static, never NULL once the module is made */
     PyTypeObject *graph_type; /* _core.Graph; NULL until lp_binding_add_graph made it */
+    PyTypeObject *block_type; /* _core.Block; NULL until lp_binding_add_block made it */
 } lp_module_state;
 
 /* State of the module `module`; borrowed, lives as long as the module. */

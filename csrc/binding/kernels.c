@@ -1,6 +1,6 @@
 /* The kernels' operation table as functions of the module. Each has the same shape: adopt and check the arguments,
  * release the GIL, call the table on plain pointers, take the GIL back, hand the memory back, raise. */
-#include "tensor.h"
+#include "block.h"
 
 #include "kernels/cpu/cpu.h"
 
@@ -361,6 +361,7 @@ static PyObject *compact(PyObject *module, PyObject *args, PyObject *keywords)
     kept_set set = {0};
     lp_kept kept[LP_MAX_DIMS];
     size_t shape[LP_MAX_DIMS];
+    int64_t strides[LP_MAX_DIMS];
     int order[LP_MAX_DIMS], threads = 0, ndim;
     lp_exec exec;
     lp_error err = {0};
@@ -392,14 +393,11 @@ static PyObject *compact(PyObject *module, PyObject *args, PyObject *keywords)
         (void)lp_raise(state, &err);
         goto done;
     }
-    result = PyTuple_New(ndim);
-    for (int d = 0; result != NULL && d < ndim; d++) {
-        PyObject *size = PyLong_FromLongLong(set.shape[d]);
-        if (size == NULL)
-            Py_CLEAR(result);
-        else
-            PyTuple_SET_ITEM(result, d, size);
+    for (int64_t i = ndim - 1, stride = 1; i >= 0; i--) {
+        strides[order[i]] = stride;
+        stride *= set.shape[order[i]];
     }
+    result = lp_block_new(state, &view, set.shape, strides);
 done:
     lp_view_release_all(set.views, LP_MAX_DIMS);
     lp_view_release(&view);
@@ -480,8 +478,9 @@ static PyMethodDef methods[] = {
     {"compact", WITH_KEYWORDS(compact), METH_VARARGS | METH_KEYWORDS,
      "compact(tensor, kept, threads=0)\n--\n\n"
      "Keep the positions kept[d] (sorted, unique, int64) of each listed dimension d, in place.\n\n"
-     "Returns the new shape. Its elements then lie at the front of the tensor's memory, dense, in the order of dimensions\n"
-     "the tensor had in memory (row-major for a contiguous tensor); what lies behind them is unspecified."},
+     "Returns a Block: the smaller tensor, which shares the tensor's memory and keeps it alive (torch.from_dlpack adopts\n"
+     "it). Its elements lie at the front of that memory, dense, in the order of dimensions the tensor had in memory\n"
+     "(row-major for a contiguous tensor); what lies behind them is unspecified."},
     {"compact_into", WITH_KEYWORDS(compact_into), METH_VARARGS | METH_KEYWORDS,
      "compact_into(target, source, kept, threads=0)\n--\n\n"
      "The same into the contiguous tensor target of the new shape, which shares no memory with source."},

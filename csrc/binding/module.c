@@ -1,4 +1,4 @@
-#include "binding.h"
+#include "block.h"
 
 static int module_exec(PyObject *module)
 {
@@ -6,7 +6,7 @@ static int module_exec(PyObject *module)
 
     if (lp_binding_add_errors(module, state) < 0 || lp_binding_add_kernels(module, state) < 0)
         return -1;
-    if (lp_binding_add_graph(module, state) < 0)
+    if (lp_binding_add_block(module, state) < 0 || lp_binding_add_graph(module, state) < 0)
         return -1;
     return lp_binding_add_select(module);
 }
@@ -20,6 +20,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->PlanError);
     Py_VISIT(state->TensorError);
     Py_VISIT(state->graph_type);
+    Py_VISIT(state->block_type);
     return 0;
 }
 
@@ -32,6 +33,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->PlanError);
     Py_CLEAR(state->TensorError);
     Py_CLEAR(state->graph_type);
+    Py_CLEAR(state->block_type);
     return 0;
 }
 

@@ -1,7 +1,5 @@
 #include "tensor.h"
 
-#include LLMPRUNE_DLPACK_H
-
 #include <string.h>
 
 static const struct {
@@ -23,6 +21,15 @@ const char *lp_element_name(lp_element element)
         if (elements[i].element == element)
             return elements[i].name;
     return "unknown";
+}
+
+DLDataType lp_element_dlpack(lp_element element)
+{
+    size_t i = 0;
+
+    while (i + 1 < ELEMENTS && elements[i].element != element)
+        i++;
+    return (DLDataType){elements[i].code, elements[i].bits, 1};
 }
 
 static const char *device_name(long type)

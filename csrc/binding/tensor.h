@@ -11,6 +11,8 @@
 #include "binding.h"
 #include "core/backend.h"
 
+#include LLMPRUNE_DLPACK_H
+
 /* Element types a view can have. */
 typedef enum {
     LP_ELEMENT_F32 = 0,
@@ -66,6 +68,9 @@ void lp_view_release_all(lp_view *views, size_t count);
 
 /* Name of an element type as torch spells it ("bfloat16"). */
 const char *lp_element_name(lp_element element);
+
+/* The element type as DLPack spells it. */
+DLDataType lp_element_dlpack(lp_element element);
 
 /* True when `view` is dense and row-major; dimensions of size 1 and empty tensors do not matter. */
 bool lp_view_is_contiguous(const lp_view *view);
