@@ -76,7 +76,7 @@ enum {
     LP_ROLE_GATED = 1u << 9,      /* two activations multiplied */
     LP_ROLE_JOINED = 1u << 10,    /* two different linear outputs added: a residual stream */
     LP_ROLE_ROUTED = 1u << 11,    /* chosen from by top-k */
-    LP_ROLE_SCALE = 1u << 12,     /* meets a parameter of two or more dimensions element by element */
+    LP_ROLE_SCALE = 1u << 12,     /* multiplied by a parameter of two or more dimensions */
     LP_ROLE_CONVOLVED = 1u << 13  /* channel of a convolution */
 };
 

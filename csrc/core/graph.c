@@ -528,6 +528,21 @@ static lp_status adopt_input(lp_graph *graph, lp_tensor *tensor, void *context, 
     return LP_OK;
 }
 
+static int64_t elements(const lp_tensor *tensor)
+{
+    int64_t count = 1;
+    for (size_t d = 0; tensor != NULL && d < tensor->ndim; d++)
+        count *= tensor->sizes[d];
+    return count;
+}
+
+/* A parameter repeated for each element of a batch (latent queries, class tokens) flows on as activations do. */
+static bool repeats(lp_graph *graph, const lp_op *op)
+{
+    return (op->rule == lp_rule_expand || op->rule == lp_rule_repeat) &&
+           elements(lp_op_output(graph, op, 0)) > elements(lp_op_tensor(graph, op, 0));
+}
+
 static bool has_no_elements(const lp_tensor *tensor)
 {
     for (size_t d = 0; d < tensor->ndim; d++)
@@ -553,7 +568,7 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
     bool empty = false, full = false, weight;
 
     LP_TRY(visit_inputs(graph, op, adopt_input, &origin, err));
-    weight = origin.weight && !origin.value && op->rule != lp_rule_embedding;
+    weight = origin.weight && !origin.value && op->rule != lp_rule_embedding && !repeats(graph, op);
     run->axes->op = op->index;
     run->axes->quiet = !op->live;
     for (size_t i = 0; i < op->output_count; i++) {

@@ -75,7 +75,7 @@ lp_status lp_rule_pointwise(lp_run *run, const lp_op *op, lp_error *err)
                     LP_TRY(lp_axes_role(run->axes, dims[d], LP_ROLE_JOINED, err));
             } else if (first->weight != input->weight) {
                 const lp_tensor *weight = first->weight ? first : input;
-                if (weight->ndim >= 2)
+                if (weight->ndim >= 2 && op->detail == LP_POINT_PRODUCT)
                     LP_TRY(lp_axes_role(run->axes, dims[d], LP_ROLE_SCALE, err));
             }
             LP_TRY(lp_unify_dims(run, dims[d], input->dims[at], lp_rule_between(first, input), err));

@@ -297,6 +297,38 @@ static void test_expand_and_repeat(void)
     end();
 }
 
+static void test_latents_of_a_resampler(void)
+{
+    int64_t latents, wq, wk, wv, q, k, v, scores, y, out;
+
+    begin(); /* latents repeated for each image attend to themselves in two heads: they are tokens, not a state */
+    latents = tape_parameter(&t, SHAPE(4, 5)), wq = tape_parameter(&t, SHAPE(6, 5)),
+    wk = tape_parameter(&t, SHAPE(6, 5)), wv = tape_parameter(&t, SHAPE(6, 5));
+    y = tape_op(&t, "repeat", ARGS(T(latents), IS(3, 1, 1)), SHAPE(3, 4, 5));
+    y = tape_op(&t, "add", ARGS(T(y), T(tape_parameter(&t, SHAPE(4, 5))), F), SHAPE(3, 4, 5));
+    q = tape_op(&t, "linear", ARGS(T(y), T(wq), NO), SHAPE(3, 4, 6));
+    q = tape_op(&t, "view", ARGS(T(q), IS(3, 4, 2, 3)), SHAPE(3, 4, 2, 3));
+    q = tape_op(&t, "transpose", ARGS(T(q), I(1), I(2)), SHAPE(3, 2, 4, 3));
+    k = tape_op(&t, "linear", ARGS(T(y), T(wk), NO), SHAPE(3, 4, 6));
+    k = tape_op(&t, "view", ARGS(T(k), IS(3, 4, 2, 3)), SHAPE(3, 4, 2, 3));
+    k = tape_op(&t, "permute", ARGS(T(k), IS(0, 2, 3, 1)), SHAPE(3, 2, 3, 4));
+    v = tape_op(&t, "linear", ARGS(T(y), T(wv), NO), SHAPE(3, 4, 6));
+    v = tape_op(&t, "view", ARGS(T(v), IS(3, 4, 2, 3)), SHAPE(3, 4, 2, 3));
+    v = tape_op(&t, "transpose", ARGS(T(v), I(1), I(2)), SHAPE(3, 2, 4, 3));
+    scores = tape_op(&t, "matmul", ARGS(T(q), T(k)), SHAPE(3, 2, 4, 4));
+    scores = tape_op(&t, "_softmax", ARGS(T(scores), I(-1), B(0)), SHAPE(3, 2, 4, 4));
+    y = tape_op(&t, "matmul", ARGS(T(scores), T(v)), SHAPE(3, 2, 4, 3));
+    y = tape_op(&t, "transpose", ARGS(T(y), I(1), I(2)), SHAPE(3, 4, 2, 3));
+    y = tape_op(&t, "reshape", ARGS(T(y), IS(12, 6)), SHAPE(12, 6));
+    y = consume(y, 12, 6, &out);
+    if (build(y)) {
+        CHECK(tape_axis(&t, wq, 0, 0)->kind == LP_KIND_HEAD, "heads");
+        CHECK(tape_axis(&t, wq, 0, 1)->kind == LP_KIND_HEAD_DIM, "queries of the latents are activations");
+        CHECK(tape_axis(&t, latents, 0, 0)->kind == LP_KIND_OTHER, "the latents themselves");
+    }
+    end();
+}
+
 static void test_cat_stack_pad(void)
 {
     int64_t w1, w2, out, a, b, h, y, positions;
@@ -509,6 +541,7 @@ int main(void)
     test_attention_with_an_empty_logsumexp();
     test_views_and_permutations();
     test_expand_and_repeat();
+    test_latents_of_a_resampler();
     test_cat_stack_pad();
     test_slices_and_splits();
     test_rotary();
