@@ -81,26 +81,24 @@ class KeptPositions(TorchDispatchMode):
         """Count the operation and run it, over the kept positions if it is a marked one."""
         if self.paused:
             return func(*args, **(kwargs or {}))
-        name = func._schema.name
-        ops = self._marked.get((name, self.counts[name]))
-        self.counts[name] += 1
-        if ops is None:
+        ops = self.next(func._schema.name)
+        if not ops:
             return func(*args, **(kwargs or {}))
-        self.done += len(ops)
         arguments = _bind(func, args, kwargs or {})
         for op in ops:
-            tensor = arguments[op.arg] if op.arg < len(arguments) else None
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[op.dim] != op.size:
-                found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
-                raise VerificationError(
-                    f"{name} number {op.nth} in {op.module or 'the model'} was traced over {op.size} positions of "
-                    f"dimension {op.dim}, but met {found}: verify with inputs like those of the trace"
-                )
+            _check(op, arguments[op.arg] if op.arg < len(arguments) else None)
         return _restricted(func, arguments, ops)
+
+    def next(self, name: str) -> list[Any]:
+        """Count one operation of this name; what is marked about it."""
+        ops = self._marked.get((name, self.counts[name]), [])
+        self.counts[name] += 1
+        self.done += len(ops)
+        return ops
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Leaves fused attention out of the count, as a trace does: which operations it is made of varies by device."""
+    """Counts fused attention as one operation, as a trace does: which operations it is made of varies by device."""
 
     def __init__(self, counting: KeptPositions) -> None:
         super().__init__()
@@ -109,14 +107,38 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, uncounted if it is fused attention."""
+        """Run ``func``, over the kept keys if it is a marked fused attention."""
+        kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        ops = self._counting.next("aten::scaled_dot_product_attention")
+        if ops:
+            kwargs = {**dict(zip(_FUSED_ARGUMENTS, args, strict=False)), **kwargs}
+            args = ()
+        for op in ops:
+            _check(op, kwargs["key"])
+            for name in ("key", "value"):
+                kwargs[name] = _select(kwargs[name], op.dim, op.kept)
+            mask = kwargs.get("attn_mask")
+            if mask is not None and mask.shape[-1] == op.size:
+                kwargs["attn_mask"] = _select(mask, -1, op.kept)
         self._counting.paused = True
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
             self._counting.paused = False
+
+
+_FUSED_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "attn_mask",
+    "dropout_p",
+    "is_causal",
+    "scale",
+    "enable_gqa",
+)
 
 
 @contextmanager
@@ -124,6 +146,16 @@ def kept_positions(marked: Iterable[Any]) -> Iterator[KeptPositions]:
     """:class:`KeptPositions` with operations numbered as a trace numbers them."""
     with KeptPositions(marked) as mode, _FusedAttention(mode):
         yield mode
+
+
+def _check(op: Any, tensor: Any) -> None:
+    """The marked operation met the dimension it was traced with."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() == 0 or tensor.shape[op.dim] != op.size:
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else tensor
+        raise VerificationError(
+            f"{op.name} number {op.nth} in {op.module or 'the model'} was traced over {op.size} positions of "
+            f"dimension {op.dim}, but met {found}: verify with inputs like those of the trace"
+        )
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -177,17 +177,19 @@ lp_status lp_rule_attention(lp_run *run, const lp_op *op, lp_error *err)
     lp_tensor *mask = op->detail != 0 ? lp_op_tensor(run->graph, op, op->detail) : NULL;
     lp_expr dims[LP_MAX_DIMS] = {{0, 0}}, scores[LP_MAX_DIMS] = {{0, 0}}, batch = LP_EMPTY;
     int64_t sizes[LP_MAX_DIMS];
-    bool scaled = false;
+    bool scaled = false, causal = false;
     size_t n, arguments = lp_op_arg_count(run->graph, op);
 
     if (q == NULL || k == NULL || v == NULL || out == NULL || q->ndim < 2 || k->ndim != q->ndim ||
         v->ndim != q->ndim)
         return lp_rule_unknown(run, op, err);
     n = q->ndim;
-    for (size_t i = 3; i < arguments;
-         i++) /* dropout_p is argument 3 to 5 of every kernel, the scale comes later */
-        if (lp_op_arg(run->graph, op, i).tag == LP_ARG_FLOAT && i > 5)
-            scaled = true;
+    for (size_t i = 3; i < arguments; i++) {
+        /* dropout_p is argument 3 to 5 of every kernel, is_causal 4 to 6, the scale comes later */
+        lp_arg arg = lp_op_arg(run->graph, op, i);
+        scaled |= arg.tag == LP_ARG_FLOAT && i > 5;
+        causal |= arg.tag == LP_ARG_BOOL && i > 3 && i < 7 && arg.values[0] != 0;
+    }
     for (size_t d = 0; d + 2 < n; d++) {
         LP_TRY(group_heads(run, q, k, d, err));
         LP_TRY(lp_unify_dims(run, k->dims[d], v->dims[d], LP_RULE_EQUAL, err));
@@ -199,6 +201,9 @@ lp_status lp_rule_attention(lp_run *run, const lp_op *op, lp_error *err)
     LP_TRY(lp_unify_dims(run, k->dims[n - 2], v->dims[n - 2], LP_RULE_EQUAL, err));
     if (!scaled)
         LP_TRY(lp_axes_note(run->axes, q->dims[n - 1], LP_REASON_SCALE, err));
+    if (causal)
+        LP_TRY(lp_axes_note(run->axes, k->dims[n - 2], LP_REASON_ORDER, err));
+    LP_TRY(lp_mark_dim(run, op, k, n - 2, LP_MARK_SOFTMAX, err));
     LP_TRY(lp_axes_role(run->axes, batch, LP_ROLE_BATCH, err));
     LP_TRY(lp_axes_role(run->axes, q->dims[n - 1], LP_ROLE_CONTRACT, err));
     LP_TRY(lp_axes_role(run->axes, v->dims[n - 1], LP_ROLE_VALUE, err));
