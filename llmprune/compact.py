@@ -114,7 +114,7 @@ def compacted_copy(model: nn.Module, plan: Any) -> nn.Module:
         PlanError, TensorError: as :func:`compact`.
     """
     cuts, attributes = prepare(model, plan)
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo = shared_tensors(model)
     for cut in cuts:
         smaller = gather(cut.tensor, cut.kept)
         if isinstance(cut.tensor, nn.Parameter):
@@ -124,6 +124,15 @@ def compacted_copy(model: nn.Module, plan: Any) -> nn.Module:
     twin = copy.deepcopy(model, memo)
     set_attributes(twin, attributes)
     return twin
+
+
+def shared_tensors(model: nn.Module) -> dict[int, Any]:
+    """A memo for :func:`copy.deepcopy` under which a copy shares every tensor with ``model``.
+
+    Tensors that are plain attributes take part: what a hook computed there (an older weight norm) cannot be copied.
+    """
+    plain = (v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor))
+    return {id(t): t for t in (*model.parameters(), *model.buffers(), *plain)}
 
 
 def prepare(model: nn.Module, plan: Any) -> tuple[list[Cut], list[AttributeValue]]:

@@ -587,7 +587,13 @@ class System:
         if value == target:
             return
         if value < target:
-            raise _Conflict([(Shrink(equation.target, value, equation),)], [equation])
+            ways: list[Shrink | Lower] = [Shrink(equation.target, value, equation)]
+            for leaf in equation.attributes:
+                if leaf in unknown:  # a divisor that comes down lets the dimension keep its size
+                    enough = invert(equation.tree, leaf, [(target, LIMIT)], env, equation.source)
+                    enough = intersect(enough, [(1, env[leaf] - 1)])
+                    ways += [Lower(leaf, enough[-1][1])] if enough else []
+            raise _Conflict([tuple(ways)], [equation])
         # Prefer what fits exactly, then the attribute whose value is the size of an axis of the dimension.
         options: list[tuple[tuple[bool, ...], Shrink | Lower]] = []
         for leaf in equation.leaves:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from llmprune import _core
 from llmprune.errors import InputError, PlanError
 from llmprune.explanation import Chain, Explanation, Step
+from llmprune.masked_ops import has_masked_form
 from llmprune.record import fingerprint as fingerprint_of
 from llmprune.tape import LITERAL, TENSOR, Tape, arguments, leaves
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 IntArray = NDArray[np.int64]
 Removed = Mapping[int, "IntArray | Sequence[int]"]
 
+Lost = tuple[int, int, int, tuple[int, ...]]
+"""Of one tensor of an operation: its place, a dimension that loses positions, the size before, the positions kept."""
+
+_PLAIN_WEIGHT = "; torch.nn.utils.parametrize.remove_parametrizations makes it a plain weight"
 _FORMAT = 1
 
 
@@ -116,6 +121,9 @@ class MarkedOp:
         kept: int64, positions of that dimension that stay.
         size: the dimension's size before.
         module: path of the module it runs in.
+        cuts: of an operation that has no masked form of its own: (argument, dimension, its size, kept positions) of
+            every input dimension the removed axes lie in.
+        spread: the same for its outputs.
     """
 
     name: str
@@ -125,6 +133,8 @@ class MarkedOp:
     kept: IntArray
     size: int
     module: str
+    cuts: tuple[Lost, ...] = ()
+    spread: tuple[Lost, ...] = ()
 
 
 class Graph:
@@ -217,7 +227,8 @@ class Graph:
         if op < 0:
             return ""
         name, scope = self.tape.ops[op][0], self.tape.scopes[self.tape.ops[op][4]]
-        return f" ({name} in {scope or 'the root module'})"
+        way_out = _PLAIN_WEIGHT if ".parametrizations." in f".{scope}." else ""
+        return f" ({name} in {scope or 'the root module'}{way_out})"
 
     def _load_axes(self) -> None:
         for number, (size, kind, prunable, notes, members) in enumerate(self._core.axes()):
@@ -398,13 +409,36 @@ class Graph:
                 )
             size = self.tape.tensors[tensor][0][dim]
             away = self._core.removed_positions(tensor, dim, size, touched)
-            name, _flags, code, _outputs, scope = self.tape.ops[number]
+            name, _flags, code, outputs, scope = self.tape.ops[number]
             place = next(
                 i for i, (tag, value) in enumerate(arguments(code)) if tag == TENSOR and value[0] == tensor
             )
             kept = np.flatnonzero(~away).astype(np.int64)
-            found.append(MarkedOp(name, order[number], place, dim, kept, size, self.tape.scopes[scope]))
+            cuts: tuple[Lost, ...] = ()
+            spread: tuple[Lost, ...] = ()
+            if not has_masked_form(name):
+                given = [
+                    (i, value[0]) for i, (tag, value) in enumerate(arguments(code)) if tag == TENSOR and value
+                ]
+                cuts = self._lost(given, flat)
+                spread = self._lost(list(enumerate(outputs)), flat)
+            found.append(
+                MarkedOp(name, order[number], place, dim, kept, size, self.tape.scopes[scope], cuts, spread)
+            )
         return found
+
+    def _lost(self, tensors: Sequence[tuple[int, int]], removed: Mapping[int, IntArray]) -> tuple[Lost, ...]:
+        """What tensors, given as (place, id), lose."""
+        lost = []
+        for place, tensor in tensors:
+            if tensor < 0:
+                continue
+            for dim, size in enumerate(self.tape.tensors[tensor][0]):
+                touched = {i: removed[i] for i in self.dim_axes(tensor, dim) if i in removed}
+                if touched:
+                    away = self._core.removed_positions(tensor, dim, size, touched)
+                    lost.append((place, dim, size, tuple(np.flatnonzero(~away).tolist())))
+        return tuple(lost)
 
     # Explanation
 

@@ -46,6 +46,14 @@ _REDUCTIONS = {
 }
 # (input, normalized_shape, weight, [bias,] eps): the number of tensors that follow normalized_shape.
 _LAST_DIMS = {"native_layer_norm": 2, "layer_norm": 2, "rms_norm": 1, "_fused_rms_norm": 1}
+_GROUP_NORM = "native_group_norm"
+_OWN_FORM = {*_WORST_LAST, *_WORST_FIRST, "topk", *_REDUCTIONS, *_LAST_DIMS, _GROUP_NORM}
+
+
+def has_masked_form(name: str) -> bool:
+    """Whether an ATen operation's masked form is written here; others run on cut operands, spread out afterwards."""
+    space, _, base = name.partition("::")
+    return space == "aten" and base in _OWN_FORM
 
 
 class KeptPositions(TorchDispatchMode):
@@ -53,8 +61,8 @@ class KeptPositions(TorchDispatchMode):
 
     Args:
         marked: objects with ``name`` (``aten::mean``), ``nth`` (how many operations of that name come before),
-            ``arg`` (position of the tensor argument), ``dim``, ``kept`` (positions), ``size`` (of the whole axis) and
-            ``module`` (a path, for messages).
+            ``arg`` (position of the tensor argument), ``dim``, ``kept`` (positions), ``size`` (of the whole axis),
+            ``module`` (a path, for messages), ``cuts`` and ``spread`` (:class:`llmprune.graph.MarkedOp`).
 
     Attributes:
         counts: operations met so far, by name.
@@ -199,11 +207,24 @@ def _restricted(func: Any, arguments: list[Any], ops: list[Any]) -> Any:
         return _call(func, arguments)
     if name in _LAST_DIMS:
         return _last_dims(func, arguments, {dim: kept for (_, dim), kept in cuts.items()}, _LAST_DIMS[name])
-    if name == "native_group_norm":
+    if name == _GROUP_NORM:
         return _group_norm(func, arguments, {dim: kept for (_, dim), kept in cuts.items()})
-    raise VerificationError(
-        f"{func._schema.name} normalises over a removed axis and has no masked form to compare with"
-    )
+    if not getattr(ops[0], "spread", ()):
+        raise VerificationError(
+            f"{func._schema.name} normalises over a removed axis and has no masked form to compare with"
+        )
+    return _cut_and_spread(func, arguments, ops[0])
+
+
+def _cut_and_spread(func: Any, arguments: list[Any], op: Any) -> Any:
+    """Any operation: over operands without the removed positions, its outputs spread out again."""
+    for place, dim, _size, kept in op.cuts:
+        arguments[place] = _select(arguments[place], dim, kept)
+    result = _call(func, arguments)
+    outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+    for place, dim, size, kept in op.spread:
+        outputs[place] = _scatter(outputs[place], dim, kept, size)
+    return type(result)(outputs) if isinstance(result, (tuple, list)) else outputs[0]
 
 
 def _select(tensor: torch.Tensor, dim: int, kept: Any) -> torch.Tensor:

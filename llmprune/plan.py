@@ -142,7 +142,19 @@ class Plan:
                     for name, dims in data["kept"].items()
                 },
                 attributes=[Attribute(**attribute) for attribute in data["attributes"]],
-                marked=[MarkedOp(**{**op, "kept": decode_indices(op["kept"])}) for op in data["marked"]],
+                marked=[
+                    MarkedOp(
+                        **{
+                            **op,
+                            "kept": decode_indices(op["kept"]),
+                            **{
+                                key: tuple((*row[:3], tuple(row[3])) for row in op[key])
+                                for key in ("cuts", "spread")
+                            },
+                        }
+                    )
+                    for op in data["marked"]
+                ],
                 axes={int(axis): dict(summary) for axis, summary in data["axes"].items()},
                 parameters_before=data["parameters_before"],
                 parameters_after=data["parameters_after"],

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import FunctionType
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,31 +24,59 @@ Tree = Any
 """An origin: ``int | tuple`` as described above (recursive, so not spelt out for the type checker)."""
 
 
+class Watcher(Protocol):
+    """What integers with an origin report to."""
+
+    def spent(self, tree: Tree) -> None:
+        """The value of ``tree`` entered floating-point arithmetic."""
+
+    def met(self, a: Tree, b: Tree) -> None:
+        """Two integers were compared and found equal."""
+
+
 class PInt(int):
     """An ``int`` with an origin. It behaves as an ``int`` everywhere; copies and pickles are plain ints.
 
     Attributes:
         tree: the origin.
-        spent: called with the origin when the value itself enters floating-point arithmetic.
+        watcher: is told when the value itself enters floating-point arithmetic, and when it equals another.
     """
 
     tree: Tree
-    spent: Callable[[Tree], None]
+    watcher: Watcher
 
-    def __new__(cls, value: int, tree: Tree, spent: Callable[[Tree], None]) -> PInt:
+    def __new__(cls, value: int, tree: Tree, watcher: Watcher) -> PInt:
         """An integer equal to ``value`` that came from ``tree``."""
         self = int.__new__(cls, value)
         self.tree = tree
-        self.spent = spent
+        self.watcher = watcher
         return self
+
+    def spent(self) -> None:
+        """Report that the value has been used as a number."""
+        self.watcher.spent(self.tree)
 
     def __float__(self) -> float:
         """The value as a number: whatever this integer sizes can no longer change."""
-        self.spent(self.tree)
+        self.spent()
         return float(int(self))
 
+    def __eq__(self, other: object) -> bool:
+        equal = int.__eq__(self, other)
+        if equal is True and type(other) is PInt:
+            self.watcher.met(self.tree, other.tree)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        unequal = int.__ne__(self, other)
+        if unequal is False and type(other) is PInt:
+            self.watcher.met(self.tree, other.tree)
+        return unequal
+
+    __hash__ = int.__hash__
+
     def __neg__(self) -> PInt:
-        return PInt(-int(self), ("neg", self.tree), self.spent)
+        return PInt(-int(self), ("neg", self.tree), self.watcher)
 
     def __pos__(self) -> PInt:
         return self
@@ -84,7 +113,7 @@ def _exact(symbol: str, operate: Callable[[Any, Any], Any], swapped: bool) -> Ca
     def method(self: PInt, other: Any) -> Any:
         if not isinstance(other, int):
             if isinstance(other, float):
-                self.spent(self.tree)
+                self.spent()
                 mine = float(int(self))
                 return operate(other, mine) if swapped else operate(mine, other)
             return NotImplemented
@@ -92,10 +121,10 @@ def _exact(symbol: str, operate: Callable[[Any, Any], Any], swapped: bool) -> Ca
         value = operate(int(a), int(b))
         left, right = tree_of(a), tree_of(b)
         if (right == 0 and symbol in "+-") or (right == 1 and symbol in ("*", "//")):
-            return PInt(value, left, self.spent)
+            return PInt(value, left, self.watcher)
         if (left == 0 and symbol == "+") or (left == 1 and symbol == "*"):
-            return PInt(value, right, self.spent)
-        return PInt(value, (symbol, left, right), self.spent)
+            return PInt(value, right, self.watcher)
+        return PInt(value, (symbol, left, right), self.watcher)
 
     return method
 
@@ -106,9 +135,9 @@ def _inexact(operate: Callable[[Any, Any], Any], swapped: bool) -> Callable[[PIn
     def method(self: PInt, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
-        self.spent(self.tree)
+        self.spent()
         if type(other) is PInt:
-            other.spent(other.tree)
+            other.spent()
             other = int(other)
         return operate(other, int(self)) if swapped else operate(int(self), other)
 
@@ -150,25 +179,31 @@ class SizeMode(TorchFunctionMode):
         self.equations: dict[tuple[Any, ...], None] = {}
         self.value_used: dict[tuple[Any, ...], None] = {}
         self.overrides: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}
-        self._shapes: dict[int, torch.Size] = {}
+        self._shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
 
     def spent(self, tree: Tree, into: Any = None) -> None:
         """Note that the value of ``tree`` entered arithmetic as a number, giving the tensor ``into`` if known."""
         target = self.tensor_id(into) if isinstance(into, torch.Tensor) else -1
         self.value_used[tree, self.scope(), target] = None
 
+    def met(self, a: Tree, b: Tree) -> None:
+        """Note the equation that a comparison of a size with a module's integers gives: code that checks, must pass."""
+        for one, other in ((a, b), (b, a)):
+            if _is_shape(one) and not isinstance(other, int) and not _is_shape(other):
+                self.equations[one[1], one[2], other, "comparison", self.scope()] = None
+
     def attribute(self, value: int, module: str, name: str) -> PInt:
         """An integer that came from an attribute of a module."""
-        return PInt(value, ("attr", module, name, value), self.spent)
+        return PInt(value, ("attr", module, name, value), self)
 
     def shape(self, tensor: torch.Tensor) -> torch.Size:
         """The sizes of a tensor, each remembering where it was read."""
         tid = self.tensor_id(tensor)
-        known = self._shapes.get(tid)
+        plain, known = self._shapes.get(tid, (None, None))
         sizes = tensor.shape
-        if known is None or known != sizes:  # in-place ops may resize
-            known = torch.Size([PInt(n, ("shape", tid, d), self.spent) for d, n in enumerate(sizes)])
-            self._shapes[tid] = known
+        if known is None or plain != sizes:  # in-place ops may resize
+            known = torch.Size([PInt(n, ("shape", tid, d), self) for d, n in enumerate(sizes)])
+            self._shapes[tid] = sizes, known
         return known
 
     def equate(self, tensor: Any, dim: int, size: Any, where: str) -> None:
@@ -193,6 +228,24 @@ class SizeMode(TorchFunctionMode):
             if type(value) is PInt:
                 self.spent(value.tree, out)
         return out
+
+
+def _is_shape(tree: Tree) -> bool:
+    return not isinstance(tree, int) and bool(tree[0] == "shape")
+
+
+def without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch function written in Python that does not hand itself to the active function modes, though its parts do.
+
+    A mode is off inside a function it was handed; what the function reads and compares there would go unseen.
+    """
+    assert isinstance(function, FunctionType)
+    own = {**function.__globals__, "has_torch_function": lambda _tensors: False}
+    twin = FunctionType(
+        function.__code__, own, function.__name__, function.__defaults__, function.__closure__
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 Handler = Callable[[SizeMode, str, Sequence[Any], Mapping[str, Any], Any], Any]
@@ -399,6 +452,18 @@ def _norm(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, 
     sizes = _argument(args, kwargs, 1, "normalized_shape", ())
     for place, size in enumerate(sizes):
         mode.equate(out, out.dim() - len(sizes) + place, size, where)
+
+
+@_handles("group_norm")
+def _group_norm(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+    groups = _argument(args, kwargs, 1, "num_groups")
+    if type(groups) is PInt:  # whole groups may go: a group keeps its channels
+        mode.equate(out, 1, groups * (out.shape[1] // int(groups)), where)
+
+
+@_handles("multi_head_attention_forward")
+def _multi_head(mode: SizeMode, where: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+    return None  # its parts have been seen: see Recording._multi_head
 
 
 @_handles("conv1d", "conv2d", "conv3d")

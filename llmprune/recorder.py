@@ -55,6 +55,7 @@ class Operator:
     mutated: tuple[int, ...]  # indices of the arguments written to
     dynamic: bool  # output sizes or values depend on data
     keeps_type: bool  # elementwise, and the result is of the floating inputs' type
+    reshapes: bool = False  # written as the view it makes, but changes the tensor's own sizes (transpose_)
 
     def argument(self, place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """An argument by its place in the schema; None where it is left to its default."""
@@ -218,6 +219,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         self.last = operator.name
         code, tids, tensors = self._encode(operator, args, kwargs)
+        if operator.reshapes:
+            return self._run_reshaping(func, operator, code, args, kwargs)
         shadows: list[torch.Tensor | None] | None = None
         if self.meta:
             out, shadows = self._run_meta(func, operator, args, kwargs, tids, tensors)
@@ -232,6 +235,21 @@ class Recorder(TorchDispatchMode):
                     self._know(tid, shadow)
         if not self.meta and len(self.tape.ops) % _PURGE_EVERY == 0:
             self._purge()
+        return out
+
+    def _run_reshaping(
+        self, func: Any, operator: Operator, code: list[int], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """An operation that gives its tensor other sizes, as the view it is: the tensor gets a new number."""
+        tensor = args[0]
+        before = self._ids[id(tensor)]
+        shadow = self._shadows.get(before)
+        out = func(*args, **kwargs)
+        after = self._number(tensor, self.tape.tensors[before][2], "value", "")
+        if shadow is not None and tensor.is_meta:
+            with self.paused():
+                self._know(after, func(shadow.view_as(shadow), *args[1:], **kwargs))
+        self.tape.ops.append([operator.name, operator.flags, code, [after], self.scope()])
         return out
 
     def operator(self, func: Any) -> Operator:
@@ -517,10 +535,13 @@ def read_schema(func: Any) -> Operator:
         for ret in schema.returns
     )
     mutated = tuple(place for place, info in enumerate(sets) if info is not None and info.is_write)
-    flags = (POINTWISE if torch.Tag.pointwise in func.tags else 0) | (MUTATES if mutated else 0)
+    reshapes = torch.Tag.inplace_view in func.tags and schema.name.endswith("_")
+    mutates = bool(mutated) and not reshapes
+    flags = (POINTWISE if torch.Tag.pointwise in func.tags else 0) | (MUTATES if mutates else 0)
     dynamic = torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
     keeps_type = schema.name in KEEP_TYPE and not mutated
-    return Operator(schema.name, flags, names, defaults, views, mutated, dynamic, keeps_type)
+    name = schema.name[:-1] if reshapes else schema.name
+    return Operator(name, flags, names, defaults, views, mutated, dynamic, keeps_type, reshapes)
 
 
 def encode_plain(value: Any) -> Sequence[int]:

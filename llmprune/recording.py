@@ -18,11 +18,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from llmprune.borrow import borrowed, keep_blocks, stand_in, substitute_integers, substitute_tensors
 from llmprune.compact import gather, set_attributes
 from llmprune.errors import LlmpruneError, TraceError
-from llmprune.provenance import SizeMode
+from llmprune.provenance import SizeMode, without_dispatch
 from llmprune.recorder import SHADOW_LIMIT, DataDependentError, Recorder
 from llmprune.tape import TENSOR, TENSORS, Tape, arguments
 
 _META = torch.device("meta")
+_MULTI_HEAD = without_dispatch(F.multi_head_attention_forward)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class Recording:
         )
         if not setup.kept:  # a trial of cut tensors is to meet every check the real function makes
             overrides[F.scaled_dot_product_attention] = self._attention
+        overrides[F.multi_head_attention_forward] = self._multi_head
         overrides[torch.Tensor.tolist] = overrides[torch.Tensor.numpy] = self._values
         overrides[torch.Tensor.__getitem__] = self._index
         overrides[torch.Tensor.__repr__] = overrides[torch.Tensor.__format__] = self._unrecorded
@@ -277,6 +279,11 @@ class Recording:
         overload = torch.ops.aten.scaled_dot_product_attention.default
         self.recorder.record(overload, args, kwargs, out)
         return out
+
+    def _multi_head(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The framework's attention with its inside watched as well: it is Python, and full of sizes."""
+        with self.sizes:
+            return _MULTI_HEAD(*args, **kwargs)
 
     def _values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``tolist`` and ``numpy`` of a meta tensor: those of its shadow."""

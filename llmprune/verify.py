@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from llmprune.borrow import is_config
-from llmprune.compact import compacted_copy
+from llmprune.compact import compacted_copy, shared_tensors
 from llmprune.errors import InputError, LlmpruneError, VerificationError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.masked_ops import KeptPositions, kept_positions
@@ -126,7 +126,8 @@ def compare(
             return _compare_in(model, pruned(model), plan, inputs, dtype)
         except VerificationError as error:
             log.debug("comparing again in float64: %s", error)
-    copied = copy.deepcopy(model).to(wider)
+    computed = {i: t for i, t in shared_tensors(model).items() if t.grad_fn is not None}
+    copied = copy.deepcopy(model, computed).to(wider)
     return _compare_in(copied, pruned(copied), plan, cast(inputs, wider), wider)
 
 

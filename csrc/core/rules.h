@@ -75,6 +75,7 @@ LP_DECLARE_RULE(lp_rule_triangle);
 LP_DECLARE_RULE(lp_rule_layer_norm); /* detail: position of the first weight */
 LP_DECLARE_RULE(lp_rule_group_norm);
 LP_DECLARE_RULE(lp_rule_batch_norm);
+LP_DECLARE_RULE(lp_rule_weight_norm);
 LP_DECLARE_RULE(lp_rule_pool); /* detail: number of spatial dimensions */
 
 /* The table, for its test: entries are sorted by name. */

@@ -18,7 +18,8 @@ lp_status lp_broadcast(lp_run *run, const lp_tensor *tensor, const lp_expr *dims
     return LP_OK;
 }
 
-/* Before two activations are added: are their axes different outputs of weights, that is, does a residual begin? */
+/* Before two activations are added: are their axes different outputs of weights, one of which has been read by another
+ * weight, that is, does a residual begin?  (A low-rank update beside a projection is no residual.) */
 static lp_status note_join(lp_run *run, lp_expr a, lp_expr b, bool *joined, lp_error *err)
 {
     const uint32_t made = LP_ROLE_LINEAR_OUT | LP_ROLE_EMBEDDING | LP_ROLE_CONVOLVED;
@@ -32,7 +33,7 @@ static lp_status note_join(lp_run *run, lp_expr a, lp_expr b, bool *joined, lp_e
         return LP_OK;
     LP_TRY(lp_axes_flags(run->axes, a, false, &fa, err));
     LP_TRY(lp_axes_flags(run->axes, b, false, &fb, err));
-    *joined = (fa & made) != 0 && (fb & made) != 0;
+    *joined = (fa & made) != 0 && (fb & made) != 0 && ((fa | fb) & LP_ROLE_LINEAR_IN) != 0;
     return LP_OK;
 }
 

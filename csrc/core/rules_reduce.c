@@ -192,6 +192,29 @@ lp_status lp_rule_batch_norm(lp_run *run, const lp_op *op, lp_error *err)
     return LP_OK;
 }
 
+/* _weight_norm_interface(v, g, dim): w = g v / |v|, a norm for each index of dim (-1: one of the whole).  The norm is a
+ * sum over the other dimensions, which lose summands as they should; along dim a slice of zeros has no norm to divide
+ * by, so that axis is marked. */
+lp_status lp_rule_weight_norm(lp_run *run, const lp_op *op, lp_error *err)
+{
+    lp_tensor *v = lp_op_tensor(run->graph, op, 0), *g = lp_op_tensor(run->graph, op, 1);
+    int64_t dim = lp_op_int(run->graph, op, 2, 0);
+    lp_expr norms[LP_MAX_DIMS] = {{0, 0}};
+
+    if (v == NULL || g == NULL || g->ndim > v->ndim || dim < -1 || dim >= (int64_t)v->ndim)
+        return lp_rule_unknown(run, op, err);
+    if (dim >= 0) {
+        size_t d = (size_t)dim;
+        LP_TRY(lp_broadcast(run, g, v->dims, v->sizes, v->ndim, LP_RULE_FORWARD, err));
+        LP_TRY(lp_mark_dim(run, op, v, d, LP_MARK_NORM, err));
+        norms[d] = v->dims[d];
+    }
+    LP_TRY(lp_set_output(run, op, 0, v->dims, err));
+    for (size_t i = 1; i < op->output_count; i++)
+        LP_TRY(lp_set_output(run, op, i, norms, err));
+    return LP_OK;
+}
+
 lp_status lp_rule_pool(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);

@@ -277,6 +277,19 @@ static void test_normalisations(void)
               "kernel; no mark");
     }
     end();
+
+    begin(); /* weight norm: a norm for each row; its sum over columns loses summands as it should */
+    h = produce(6, &w);
+    scale = tape_parameter(&t, SHAPE(8, 6)), gain = tape_parameter(&t, SHAPE(8, 1));
+    y = tape_op(&t, "_weight_norm_interface", ARGS(T(scale), T(gain), I(0)), SHAPE(8, 6));
+    y = tape_op(&t, "linear", ARGS(T(h), T(y), NO), SHAPE(2, 8));
+    y = consume(y, 2, 8, &mean);
+    if (build(y)) {
+        CHECK(same(scale, 0, 0, gain, 0, 0) && same(scale, 1, 0, w, 0, 0), "weight_norm unifies");
+        CHECK(prunable(w, 0, 0) && tape_notes(&t, tape_axis(&t, w, 0, 0)) == 0, "columns: no mark");
+        CHECK(prunable(gain, 0, 0) && tape_notes(&t, tape_axis(&t, gain, 0, 0)) == 1, "rows: marked");
+    }
+    end();
 }
 
 static void test_convolutions(void)
@@ -423,13 +436,24 @@ static void test_writes_in_place(void)
     end();
 
     begin(); /* residual += in place */
-    a = produce(6, &w1), y = produce(6, &w2);
+    a = produce(6, &w1), w2 = tape_parameter(&t, SHAPE(6, 6));
+    y = tape_linear(&t, a, w2, 2, 6);
     tape_write(&t, "add_", ARGS(T(a), T(y), F), a);
     y = consume(a, 2, 6, &wo);
     if (build(y))
         CHECK(same(w1, 0, 0, w2, 0, 0) && same(w1, 0, 0, wo, 1, 0) &&
                   tape_axis(&t, w1, 0, 0)->kind == LP_KIND_CHANNEL,
               "add_");
+    end();
+
+    begin(); /* a low-rank update beside a projection: a sum, but no residual stream */
+    a = produce(6, &w1), y = produce(4, &w2);
+    buffer = tape_parameter(&t, SHAPE(6, 4));
+    a = tape_op(&t, "add", ARGS(T(a), T(tape_linear(&t, y, buffer, 2, 6)), F), SHAPE(2, 6));
+    a = tape_op(&t, "relu", ARGS(T(a)), SHAPE(2, 6));
+    y = consume(a, 2, 6, &wo);
+    if (build(y))
+        CHECK(same(w1, 0, 0, buffer, 0, 0) && tape_axis(&t, w1, 0, 0)->kind == LP_KIND_FFN, "an update");
     end();
 }
 
