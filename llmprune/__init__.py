@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, Member
     from llmprune.plan import Plan, plan
     from llmprune.prune import Report, prune
+    from llmprune.rules import Registration, register_rule
     from llmprune.score import Scores, score
     from llmprune.trace import trace
     from llmprune.verify import Verification, verify
@@ -36,6 +37,7 @@ __all__ = [
     "Graph",
     "Member",
     "Plan",
+    "Registration",
     "Report",
     "Scores",
     "Verification",
@@ -46,6 +48,7 @@ __all__ = [
     "from_pretrained",
     "plan",
     "prune",
+    "register_rule",
     "save_pretrained",
     "score",
     "trace",
@@ -57,6 +60,7 @@ _HOME = {
     "Graph": "graph",
     "Member": "graph",
     "Plan": "plan",
+    "Registration": "rules",
     "Report": "prune",
     "Scores": "score",
     "Verification": "verify",
@@ -65,6 +69,7 @@ _HOME = {
     "from_pretrained": "checkpoint",
     "plan": "plan",
     "prune": "prune",
+    "register_rule": "rules",
     "save_pretrained": "checkpoint",
     "score": "score",
     "trace": "trace",

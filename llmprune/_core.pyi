@@ -66,8 +66,14 @@ class Graph:
     """The dependency graph of a recorded forward pass; llmprune.graph.Graph is its public face."""
 
     def __new__(
-        cls, tensors: Sequence[Sequence[Any]], ops: Sequence[Sequence[Any]], outputs: Sequence[int]
+        cls,
+        tensors: Sequence[Sequence[Any]],
+        ops: Sequence[Sequence[Any]],
+        outputs: Sequence[int],
+        rules: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> Graph: ...
+    @staticmethod
+    def knows(name: str, /) -> bool: ...
     def axes(
         self,
     ) -> list[tuple[int, str, bool, list[tuple[str, int, bool]], list[tuple[int, int, int, int]]]]: ...

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmprune import _core
+from llmprune.declared import DECLARED, compile_rules, frozen_by_rule
 from llmprune.errors import InputError, PlanError
 from llmprune.explanation import Chain, Explanation, Step
 from llmprune.masked_ops import has_masked_form
@@ -169,7 +170,8 @@ class Graph:
         self.fingerprint = fingerprint
         self.tied = dict(tied or {})
         self.second: SecondForm | None = None
-        self._core = _core.Graph(tape.tensors, _with_literals(tape) if complete else tape.ops, tape.outputs)
+        ops = _with_literals(tape) if complete else tape.ops
+        self._core = _core.Graph(tape.tensors, ops, tape.outputs, compile_rules(tape))
         self._ids: dict[str, int] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
         self.buffers: dict[str, tuple[int, ...]] = {}
@@ -230,9 +232,20 @@ class Graph:
         way_out = _PLAIN_WEIGHT if ".parametrizations." in f".{scope}." else ""
         return f" ({name} in {scope or 'the root module'}{way_out})"
 
+    def _reasons(self, axis: int, text: str, op: int) -> list[str]:
+        """A reason as the core has it, or as the registered rule that gave it does."""
+        if text != DECLARED:
+            return [text]
+        return frozen_by_rule(self.tape, op, lambda tensor, dim: axis in self.dim_axes(tensor, dim)) or [text]
+
     def _load_axes(self) -> None:
         for number, (size, kind, prunable, notes, members) in enumerate(self._core.axes()):
-            reasons = [text + self._place(op) for text, op, is_mark in notes if not is_mark]
+            reasons = [
+                better + self._place(op)
+                for text, op, is_mark in notes
+                if not is_mark
+                for better in self._reasons(number, text, op)
+            ]
             marks = [text + self._place(op) for text, op, is_mark in notes if is_mark]
             dims = tuple((tensor, dim) for tensor, dim, _, _ in members)
             starts = tuple((start, stride) for _, _, start, stride in members)

@@ -188,6 +188,12 @@ def _call(func: Any, arguments: list[Any]) -> Any:
 def _restricted(func: Any, arguments: list[Any], ops: list[Any]) -> Any:
     """``func`` over the kept positions; its outputs have the shapes of the whole, zero where positions were removed."""
     name = func._schema.name.split("::")[1]
+    if not has_masked_form(func._schema.name):
+        if not getattr(ops[0], "spread", ()):
+            raise VerificationError(
+                f"{func._schema.name} normalises over a removed axis and has no masked form to compare with"
+            )
+        return _cut_and_spread(func, arguments, ops[0])
     cuts = {(op.arg, op.dim % arguments[op.arg].dim()): op.kept for op in ops}
     arguments = list(arguments)
     if name in _WORST_LAST | _WORST_FIRST | {"topk"}:
@@ -207,13 +213,7 @@ def _restricted(func: Any, arguments: list[Any], ops: list[Any]) -> Any:
         return _call(func, arguments)
     if name in _LAST_DIMS:
         return _last_dims(func, arguments, {dim: kept for (_, dim), kept in cuts.items()}, _LAST_DIMS[name])
-    if name == _GROUP_NORM:
-        return _group_norm(func, arguments, {dim: kept for (_, dim), kept in cuts.items()})
-    if not getattr(ops[0], "spread", ()):
-        raise VerificationError(
-            f"{func._schema.name} normalises over a removed axis and has no masked form to compare with"
-        )
-    return _cut_and_spread(func, arguments, ops[0])
+    return _group_norm(func, arguments, {dim: kept for (_, dim), kept in cuts.items()})
 
 
 def _cut_and_spread(func: Any, arguments: list[Any], op: Any) -> Any:

@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from llmprune.declared import size_equations
+from llmprune.rules import rule_of_call
+
 Tree = Any
 """An origin: ``int | tuple`` as described above (recursive, so not spelt out for the type checker)."""
 
@@ -224,7 +227,14 @@ class SizeMode(TorchFunctionMode):
         if handler is not None:
             answer = handler(self, func.__name__, args, kwargs, out)
             return out if answer is None else answer
-        for value in (*args, *kwargs.values()) if kwargs else args:
+        numbers: Any = (*args, *kwargs.values()) if kwargs else args
+        rule = rule_of_call(func)
+        if rule is not None:
+            given, sized = size_equations(rule, func, args, kwargs, out, self.shape)
+            for tensor, dim, size in sized.values():
+                self.equate(tensor, dim, size, rule.op)
+            numbers = [value for name, value in given.items() if name not in sized]
+        for value in numbers:
             if type(value) is PInt:
                 self.spent(value.tree, out)
         return out

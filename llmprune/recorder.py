@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmprune.meta_results import KEEP_TYPE, concatenation, elementwise
+from llmprune.rules import note_rule
 from llmprune.tape import (
     BOOL,
     BOOLS,
@@ -257,6 +258,7 @@ class Recorder(TorchDispatchMode):
         operator = self._operators.get(func)
         if operator is None:
             operator = self._operators[func] = read_schema(func)
+            note_rule(self.tape, func._schema)
         return operator
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor) -> None:

@@ -43,6 +43,8 @@ class Tape:
             form reads attributes the first does not; its equations hold for the model as well.
         replicas: ``[prefix, prefix of another block]``: for every block left out of a cut-down recording, the block it
             is like.
+        rules: operations recorded with a registered rule: name -> the rule, and the ``places`` and ``names`` of its
+            arguments (:mod:`llmprune.rules`).
         notes: what the recording had to do (fallbacks), for the report.
     """
 
@@ -57,6 +59,7 @@ class Tape:
     device_mode: str = "meta"
     second: Tape | None = None
     replicas: list[list[str]] = field(default_factory=list)
+    rules: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

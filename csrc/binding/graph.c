@@ -21,20 +21,21 @@ static PyObject *raise_status(PyObject *self, const lp_error *err)
 
 static PyObject *graph_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"tensors", "ops", "outputs", NULL};
-    PyObject *tensors, *ops, *outputs, *self;
+    static char *keywords[] = {"tensors", "ops", "outputs", "rules", NULL};
+    PyObject *tensors, *ops, *outputs, *rules = NULL, *self;
     lp_error err = {0};
     lp_status status;
     lp_graph *graph;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:Graph", keywords, &tensors, &ops, &outputs))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O:Graph", keywords, &tensors, &ops, &outputs, &rules))
         return NULL;
     self = type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
     status = lp_graph_new(&((GraphObject *)self)->graph, lp_allocator_default(), &err);
     graph = ((GraphObject *)self)->graph;
-    if (status == LP_OK && lp_binding_read_tape(graph, state_of(self), tensors, ops, outputs) < 0) {
+    if (status == LP_OK && (lp_binding_read_tape(graph, state_of(self), tensors, ops, outputs) < 0 ||
+                            (rules != NULL && lp_binding_read_rules(graph, state_of(self), rules) < 0))) {
         Py_DECREF(self);
         return NULL;
     }
@@ -526,7 +527,17 @@ static PyObject *graph_explain(PyObject *self, PyObject *args)
     return list;
 }
 
+static PyObject *graph_knows(PyObject *unused, PyObject *name)
+{
+    const char *text = PyUnicode_AsUTF8(name);
+
+    (void)unused;
+    return text == NULL ? NULL : PyBool_FromLong(lp_graph_knows(text));
+}
+
 static PyMethodDef graph_methods[] = {
+    {"knows", graph_knows, METH_O | METH_STATIC,
+     "knows(name, /)\n--\n\nIs there a rule for operations of this name?"},
     {"axes", graph_axes, METH_NOARGS,
      "axes($self, /)\n--\n\nEvery axis: (size, kind, prunable, [(reason, op or -1, is mark)], [(tensor, dim, start,\n"
      "stride) of each member])."},
@@ -554,7 +565,8 @@ static PyMethodDef graph_methods[] = {
 };
 
 static PyType_Slot graph_slots[] = {
-    {Py_tp_doc, "Graph(tensors, ops, outputs)\n--\n\nThe dependency graph of a recorded forward pass."},
+    {Py_tp_doc,
+     "Graph(tensors, ops, outputs, rules=())\n--\n\nThe dependency graph of a recorded forward pass."},
     {Py_tp_new, (void *)graph_new},
     {Py_tp_dealloc, (void *)graph_dealloc},
     {Py_tp_traverse, (void *)graph_traverse},

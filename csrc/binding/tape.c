@@ -163,3 +163,38 @@ done:
     PyMem_Free(reader.second.items);
     return result;
 }
+
+/* (operation, code) */
+static int read_rule(Reader *reader, PyObject *entry)
+{
+    Py_ssize_t op;
+    PyObject *code;
+    lp_error err = {0};
+
+    if (!PyTuple_Check(entry)) {
+        PyErr_SetString(PyExc_TypeError, "a declared rule is a tuple of an operation and a list of ints");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(entry, "nO", &op, &code) ||
+        read_ints(code, &reader->first, "a declared rule is a list of ints") < 0)
+        return -1;
+    if (op < 0) {
+        PyErr_SetString(PyExc_ValueError, "a declared rule names a negative operation");
+        return -1;
+    }
+    if (lp_graph_declare(reader->graph, (size_t)op, reader->first.items, reader->first.count, &err) !=
+        LP_OK) {
+        (void)lp_raise(reader->state, &err);
+        return -1;
+    }
+    return 0;
+}
+
+int lp_binding_read_rules(lp_graph *graph, const lp_module_state *state, PyObject *rules)
+{
+    Reader reader = {.graph = graph, .state = state};
+    int result = each(&reader, rules, "declared rules are a list", read_rule);
+
+    PyMem_Free(reader.first.items);
+    return result;
+}

@@ -13,4 +13,7 @@
 int lp_binding_read_tape(lp_graph *graph, const lp_module_state *state, PyObject *tensors, PyObject *ops,
                          PyObject *outputs);
 
+/* Declared rules: a list of (operation, list of ints as lp_graph_declare takes them).  Errors as above. */
+int lp_binding_read_rules(lp_graph *graph, const lp_module_state *state, PyObject *rules);
+
 #endif

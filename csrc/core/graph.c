@@ -150,6 +150,11 @@ static lp_status append_index(lp_graph *graph, uint32_t **list, size_t *count, s
     return LP_OK;
 }
 
+lp_status lp_graph_append_code(lp_graph *graph, const int64_t *code, size_t length, lp_error *err)
+{
+    return append_ints(graph, &graph->code, &graph->code_count, &graph->code_capacity, code, length, err);
+}
+
 /* ATen's in-place twin of an operation ends in an underscore; `_` alone begins private names and stays. */
 static lp_status find_rule(const char *name, lp_op *op, lp_error *err)
 {
@@ -171,6 +176,12 @@ static lp_status find_rule(const char *name, lp_op *op, lp_error *err)
     if (!lp_rule_find(base, &op->rule, &op->detail) && (op->flags & LP_OP_POINTWISE) != 0)
         op->rule = lp_rule_pointwise;
     return LP_OK;
+}
+
+bool lp_graph_knows(const char *name)
+{
+    lp_op op = {0};
+    return find_rule(name, &op, NULL) == LP_OK && op.rule != NULL;
 }
 
 lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, const int64_t *code,
@@ -461,12 +472,19 @@ lp_status lp_freeze_tensor(lp_run *run, const lp_tensor *tensor, lp_reason reaso
 lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t dim, lp_reason mark,
                       lp_error *err)
 {
-    lp_graph *graph = run->graph;
-    void *block = graph->marked;
-
     if (run->axes->quiet || tensor->ndim == 0)
         return LP_OK;
     LP_TRY(lp_axes_note(run->axes, tensor->dims[dim], mark, err));
+    return lp_add_marked(run, op, tensor, dim, err);
+}
+
+lp_status lp_add_marked(lp_run *run, const lp_op *op, const lp_tensor *tensor, size_t dim, lp_error *err)
+{
+    lp_graph *graph = run->graph;
+    void *block = graph->marked;
+
+    if (run->axes->quiet)
+        return LP_OK;
     LP_TRY(lp_grow(&graph->allocator, &block, &graph->marked_capacity, graph->marked_count + 1,
                    sizeof *graph->marked, err));
     graph->marked = block;

@@ -88,6 +88,20 @@ lp_status lp_graph_add_tensor(lp_graph *graph, const int64_t *sizes, size_t ndim
 lp_status lp_graph_add_op(lp_graph *graph, const char *name, uint32_t flags, const int64_t *code,
                           size_t code_length, const int64_t *outputs, size_t output_count, lp_error *err);
 
+/* Give an operation the table does not know a rule, before the graph is built.  Axes are written as letters, the same
+ * letter being the same axis wherever it stands.  The code, checked here and copied:
+ *   count of letters (at most LP_MAX_LETTERS), then for each its size, effect (0 none, 1 frozen, 2 mean, 3 extreme,
+ *   4 softmax, 5 norm) and kind (0 none, 1 head, 2 head_dim, 3 value_dim, 4 ffn, 5 channel, 6 expert, 7 state);
+ *   count of inputs, then for each: tensor id, dimensions, and each dimension as a count of terms, each a count of
+ *   factors, each a letter: a sum of products, outer to inner;
+ *   count of outputs, then the same with the output's place for the tensor id.
+ * A dimension has the size its letters make, or 1 (broadcast).  LP_ERR_TRACE: the code is malformed or does not fit. */
+#define LP_MAX_LETTERS 64
+lp_status lp_graph_declare(lp_graph *graph, size_t op, const int64_t *code, size_t length, lp_error *err);
+
+/* Is there a rule for an operation of this name (as lp_graph_add_op takes it)? */
+bool lp_graph_knows(const char *name);
+
 /* The tensors whose values matter to a caller. */
 lp_status lp_graph_set_outputs(lp_graph *graph, const int64_t *tensors, size_t count, lp_error *err);
 

@@ -30,6 +30,7 @@ typedef struct lp_op {
     lp_rule_fn rule; /* NULL: unknown */
     uint32_t code, code_length;
     uint32_t outputs, output_count;
+    uint32_t declared, declared_length; /* a rule from outside, in `code` too */
     uint32_t flags;
     uint32_t index;
     uint8_t detail; /* the rule's variant, from the table */
@@ -79,6 +80,9 @@ bool lp_rule_find(const char *name, lp_rule_fn *rule, uint8_t *detail);
 lp_status lp_rule_pointwise(lp_run *run, const lp_op *op, lp_error *err);
 /* Freezes what the operation touches. */
 lp_status lp_rule_unknown(lp_run *run, const lp_op *op, lp_error *err);
+lp_status lp_freeze_op(lp_run *run, const lp_op *op, lp_reason reason, lp_error *err);
+/* Append to the graph's encoded arguments. */
+lp_status lp_graph_append_code(lp_graph *graph, const int64_t *code, size_t length, lp_error *err);
 
 struct lp_run {
     lp_graph *graph;
@@ -110,6 +114,8 @@ lp_status lp_freeze_tensor(lp_run *run, const lp_tensor *tensor, lp_reason reaso
 /* The operation normalises over this dimension of its input. */
 lp_status lp_mark_dim(lp_run *run, const lp_op *op, lp_tensor *tensor, size_t dim, lp_reason mark,
                       lp_error *err);
+/* The same without the mark: where the masked reference has to look. */
+lp_status lp_add_marked(lp_run *run, const lp_op *op, const lp_tensor *tensor, size_t dim, lp_error *err);
 lp_status lp_unify_dims(lp_run *run, lp_expr a, lp_expr b, lp_rule rule, lp_error *err);
 /* Index tensor meets the dimension it points into: its value axis unifies, else the dimension freezes. */
 lp_status lp_index_dim(lp_run *run, const lp_tensor *index, lp_expr dim, lp_error *err);

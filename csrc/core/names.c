@@ -92,6 +92,8 @@ const char *lp_reason_text(lp_reason reason)
         return "normalised within groups of a fixed size";
     case LP_REASON_SCALE:
         return "attention is scaled by its size";
+    case LP_REASON_DECLARED:
+        return "the rule registered for the operation freezes it";
     case LP_MARK_MEAN:
         return "a mean is taken over it";
     case LP_MARK_EXTREME:

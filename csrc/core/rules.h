@@ -78,6 +78,9 @@ LP_DECLARE_RULE(lp_rule_batch_norm);
 LP_DECLARE_RULE(lp_rule_weight_norm);
 LP_DECLARE_RULE(lp_rule_pool); /* detail: number of spatial dimensions */
 
+/* rules_declared.c: what lp_graph_declare was given */
+LP_DECLARE_RULE(lp_rule_declared);
+
 /* The table, for its test: entries are sorted by name. */
 size_t lp_rule_count_all(void);
 const char *lp_rule_name(size_t i);

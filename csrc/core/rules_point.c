@@ -130,7 +130,7 @@ lp_status lp_rule_nothing(lp_run *run, const lp_op *op, lp_error *err)
     return lp_rule_factory(run, op, err);
 }
 
-lp_status lp_rule_unknown(lp_run *run, const lp_op *op, lp_error *err)
+lp_status lp_freeze_op(lp_run *run, const lp_op *op, lp_reason reason, lp_error *err)
 {
     size_t arguments = lp_op_arg_count(run->graph, op);
 
@@ -140,11 +140,16 @@ lp_status lp_rule_unknown(lp_run *run, const lp_op *op, lp_error *err)
             continue;
         for (size_t k = 0; k < arg.count; k++)
             if (arg.values[k] >= 0)
-                LP_TRY(lp_freeze_tensor(run, &run->graph->tensors[arg.values[k]], LP_REASON_UNKNOWN_OP, err));
+                LP_TRY(lp_freeze_tensor(run, &run->graph->tensors[arg.values[k]], reason, err));
     }
     for (size_t i = 0; i < op->output_count; i++)
-        LP_TRY(lp_set_fresh(run, op, i, LP_REASON_UNKNOWN_OP, err));
+        LP_TRY(lp_set_fresh(run, op, i, reason, err));
     return LP_OK;
+}
+
+lp_status lp_rule_unknown(lp_run *run, const lp_op *op, lp_error *err)
+{
+    return lp_freeze_op(run, op, LP_REASON_UNKNOWN_OP, err);
 }
 
 lp_status lp_rule_glu(lp_run *run, const lp_op *op, lp_error *err)
