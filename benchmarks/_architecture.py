@@ -36,6 +36,9 @@ TOLERANCE = 1e-5
 EVERYTHING = ("head", "query", "ffn")
 """Kinds of which a quarter goes at once."""
 
+RELOAD_LIMIT = 240
+"""Seconds for loading every folder of one architecture again."""
+
 RELOAD = Path(__file__).with_name("_reload.py")
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -34,6 +34,13 @@ TIME_LIMIT = 420
 """Seconds for one architecture."""
 WANTED = 120
 """Classes to try at least."""
+
+FORKS = multiprocessing.get_context(
+    "forkserver"
+)  # a server that imported everything once; it forks for each recipe
+FORKS.set_forkserver_preload(
+    ["llmprune.checkpoint", "llmprune.trace", "transformers.models.llama.modeling_llama", "torch._dynamo"]
+)
 
 
 def sources() -> str:
@@ -73,6 +80,11 @@ def examine(recipe: Recipe, attention: str, file: Path | None = None, quick: boo
     return row
 
 
+def one(name: str, attention: str, file: str, quick: bool) -> None:
+    """One recipe, in a process of its own."""
+    examine(recipes()[name], attention, Path(file), quick)
+
+
 def apart(recipe: Recipe, args: argparse.Namespace, known: str) -> dict[str, Any]:
     """The row of one recipe from a process of its own, or from the last run."""
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -83,24 +95,16 @@ def apart(recipe: Recipe, args: argparse.Namespace, known: str) -> dict[str, Any
         if row.get("sources") == known:
             return row
     file.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--one",
-        recipe.name,
-        str(file),
-        "--attention",
-        attention,
-    ]
-    command += ["--quick"] if args.quick else []
     start, trouble = time.perf_counter(), ""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        if run.returncode:
-            lines = run.stderr.strip().splitlines() or [""]
-            trouble = f"the process ended with status {run.returncode}: {lines[-1][:200]}"
-    except subprocess.TimeoutExpired:
+    process = FORKS.Process(target=one, args=(recipe.name, attention, str(file), args.quick))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
         trouble = f"no end after {limit:.0f} s"
+        process.kill()
+        process.join()
+    elif process.exitcode:
+        trouble = f"the process ended with status {process.exitcode}"
     row = {
         "name": recipe.name,
         "class": recipe.model,
@@ -270,12 +274,8 @@ def main() -> int:
     )
     parser.add_argument("--again", action="store_true", help="do not use rows of earlier runs")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds for one recipe")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     found = recipes()
-    if args.one:
-        examine(found[args.one[0]], args.attention, Path(args.one[1]), args.quick)
-        return 0
     if unknown := [name for name in args.only if name not in found]:
         parser.error(f"no recipe is called {', '.join(unknown)}")
     chosen = [found[name] for name in args.only] or list(found.values())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tiny.recipe import Recipe, causal_lm
 
 NAMES = (
@@ -16,6 +18,22 @@ NAMES = (
     "seed_oss", "smollm3", "stablelm", "starcoder2", "trocr", "vaultgemma", "xglm", "xlnet", "youtu",
 )  # fmt: skip
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "codegen": {"n_head": 4, "n_embd": 40, "rotary_dim": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "diffllama": {"num_key_value_heads": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "intermediate_size": [56] * 4, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "vocab_size_per_layer_input": 101, "hidden_size_per_layer_input": 10, "laurel_rank": 9,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "openai-gpt": {"afn": "gelu"},
+    "trocr": {"decoder_layers": 2},
+    "xglm": {"dtype": torch.float32},
+}  # fmt: skip
 
 RECIPES: tuple[Recipe, ...] = tuple(causal_lm(name, **OVERRIDES.get(name, {})) for name in NAMES)

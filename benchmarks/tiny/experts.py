@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tiny.recipe import Recipe, causal_lm
 
 NAMES = (
@@ -15,6 +17,17 @@ NAMES = (
     "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open", "zaya",
 )  # fmt: skip
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 3, "rope_theta": 1e4}, "num_key_value_heads": ...,
+        "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 26, "moe_num_experts": 5, "moe_top_k": 2},
+    },
+    "deepseek_v4": {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 9, "hc_mult": 4},
+    "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
+    "inkling2_text": {"dtype": torch.float32},
+    "jetmoe": {"kv_channels": 8, "num_attention_heads": ...},
+    "longcat_flash": {"moe_topk": 2, "zero_expert_num": 2},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 9},
+}  # fmt: skip
 
 RECIPES: tuple[Recipe, ...] = tuple(causal_lm(name, **OVERRIDES.get(name, {})) for name in NAMES)

@@ -24,8 +24,9 @@ class Recipe:
         model: name of the class in transformers.
         task: one of :data:`TASKS`.
         config: makes the config.
-        inputs: makes the forward's keyword arguments for the built (float64) model; None: llmprune's own example
+        inputs: makes the forward's keyword arguments for the built model; None: llmprune's own example
             inputs, which prove that nobody needs to give any.
+        dtype: float64, unless the class's own code insists on another.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Recipe:
     task: str
     config: Callable[[], Any]
     inputs: Callable[[nn.Module], Inputs] | None = None
+    dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -42,12 +44,18 @@ class Recipe:
 # What a field means -> its tiny value. Sizes differ from one another, so that two axes are never equal by accident.
 _HIDDEN = 48
 _HEADS = 6
+_LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"}
+_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim"), _HIDDEN),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), _HEADS),
+    **dict.fromkeys(_LAYERS, 2),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), _HEADS
+    ),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 3),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim", "d_ff"), 56),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "d_ff"), 56
+    ),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"), 64),
     **dict.fromkeys(("sliding_window", "window_size", "attention_chunk_size", "attention_window_size"), 16),
     # Mixtures of experts
@@ -59,17 +67,24 @@ _SIZES: dict[str, Any] = {
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
     "decoder_sparse_step": 1,
-    # Latent attention
+    # Latent attention, and the indexer of a sparse one
+    "index_topk": 4,
+    "index_n_heads": 4,
+    "index_head_dim": 12,
     "q_lora_rank": 18,
     "kv_lora_rank": 22,
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 4,
     "v_head_dim": 14,
     # State space and linear attention
-    **dict.fromkeys(("state_size", "mamba_d_state"), 11),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 11),
     **dict.fromkeys(("conv_kernel", "mamba_d_conv", "linear_conv_kernel_dim"), 4),
     **dict.fromkeys(("expand", "mamba_expand"), 2),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 7),
+    "mamba_chunk_size": 4,
+    "chunk_size": 4,
+    "linear_num_heads": 3,
+    "linear_head_dim": 10,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 10,
@@ -96,18 +111,21 @@ def small(kind: str | type[Any], /, **overrides: Any) -> Any:
     fields = {name: value for name, value in _SIZES.items() if name in default}
     if default.get("head_dim"):
         fields["head_dim"] = 8
-    types = default.get("layer_types")
-    if types:  # one layer of each kind, two at least
-        types = list(dict.fromkeys(types))[:_MAX_LAYERS]
-        types = types * 2 if len(types) == 1 else types
-        fields["layer_types"] = types
-        fields[next(n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in fields)] = len(types)
+    if "kv_lora_rank" in default:  # latent attention: a key for every head, made of two parts
+        fields["num_key_value_heads"] = _HEADS
+        fields.pop("head_dim", None)
+    kinds = {name: value for name, value in default.items() if name in _LISTS and value}
+    if kinds:  # one layer of each kind, two at least
+        unique = {name: list(dict.fromkeys(value))[:_MAX_LAYERS] for name, value in kinds.items()}
+        count = max(2, *map(len, unique.values()))
+        fields |= {name: value + value[-1:] * (count - len(value)) for name, value in unique.items()}
+        fields |= dict.fromkeys(_LAYERS & default.keys(), count)
     fields.update(overrides)
     return kind(**{name: value for name, value in fields.items() if value is not ...})
 
 
 def build(recipe: Recipe, attention: str = "eager", seed: int = 0) -> nn.Module:
-    """The recipe's model in float64 on the CPU, in evaluation mode, with weights of unit scale.
+    """The recipe's model on the CPU, in evaluation mode, with weights of unit scale.
 
     Every parameter is random, those that classes set to zero or one too: a structure that contributes nothing proves
     nothing.
@@ -118,7 +136,7 @@ def build(recipe: Recipe, attention: str = "eager", seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = getattr(transformers, recipe.model)(config)
-    model = model.to(torch.float64).eval()
+    model = model.to(recipe.dtype).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -143,10 +161,10 @@ def token_ids(
     return torch.randint(low, high, (batch, length), generator=generator)
 
 
-def causal_lm(name: str, **overrides: Any) -> Recipe:
+def causal_lm(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Recipe:
     """The recipe of a model type in transformers' mapping of causal language models, shrunk with these overrides."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
-    return Recipe(name, model, "causal-lm", lambda: small(CONFIG_MAPPING[name], **overrides))
+    return Recipe(name, model, "causal-lm", lambda: small(CONFIG_MAPPING[name], **overrides), dtype=dtype)

@@ -12,6 +12,21 @@ NAMES = (
     "qwen3_next", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 )  # fmt: skip
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 24, "attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 10, "mamba_d_ssm": 40},
+    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 24, "layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 24, "n_groups": 2},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 10, "n_groups": 2,
+                   "moe_shared_expert_intermediate_size": 34},
+    "recurrent_gemma": {"lru_width": 40, "block_types": ["recurrent", "attention"]},
+    "rwkv": {"attention_hidden_size": 40},
+    "xlstm": {"embedding_dim": 48, "num_blocks": 2, "num_heads": 4},
+    "zamba": {"attention_hidden_size": 96, "attention_head_dim": 16, "num_key_value_heads": 6},
+    "zamba2": {"attention_hidden_size": 96, "attention_head_dim": 16, "num_key_value_heads": 6, "mamba_headdim": 24,
+               "n_mamba_heads": 4, "mamba_ngroups": 2, "adapter_rank": 9},
+}  # fmt: skip
 
 RECIPES: tuple[Recipe, ...] = tuple(causal_lm(name, **OVERRIDES.get(name, {})) for name in NAMES)
