@@ -18,8 +18,13 @@ NAMES = (
     "seed_oss", "smollm3", "stablelm", "starcoder2", "trocr", "vaultgemma", "xglm", "xlnet", "youtu",
 )  # fmt: skip
 
+_PART = {
+    "vocab_size": 101, "num_hidden_layers": 1, "num_attention_heads": 6, "num_key_value_heads": 6,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "codegen": {"n_head": 4, "n_embd": 40, "rotary_dim": 4},
+    "codegen": {"n_head": 8, "n_embd": 80, "rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "diffllama": {"num_key_value_heads": 2},
     "gemma3n_text": {
@@ -34,6 +39,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "openai-gpt": {"afn": "gelu"},
     "trocr": {"decoder_layers": 2},
     "xglm": {"dtype": torch.float32},
+    "blt": {
+        "vocab_size": 101, "encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 61,
+        "patch_in_forward": False, "patching_mode": "static",
+        "patcher_config": {**_PART, "hidden_size": 48, "intermediate_size": 56, "head_dim": 8},
+        "encoder_config": {**_PART, "hidden_size": 48, "intermediate_size": 56, "hidden_size_global": 72},
+        "decoder_config": {**_PART, "hidden_size": 48, "intermediate_size": 58, "hidden_size_global": 72,
+                           "head_dim": 8},
+        "global_config": {**_PART, "hidden_size": 72, "intermediate_size": 62, "head_dim": 12},
+    },
 }  # fmt: skip
 
 RECIPES: tuple[Recipe, ...] = tuple(causal_lm(name, **OVERRIDES.get(name, {})) for name in NAMES)

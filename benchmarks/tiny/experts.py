@@ -19,10 +19,11 @@ NAMES = (
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {
-        "attn_config": {"kv_n_heads": 3, "rope_theta": 1e4}, "num_key_value_heads": ...,
+        "attn_config": {"kv_n_heads": 3, "clip_qkv": 8}, "num_key_value_heads": ...,
         "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 26, "moe_num_experts": 5, "moe_top_k": 2},
     },
     "deepseek_v4": {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 9, "hc_mult": 4},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 26},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
     "inkling2_text": {"dtype": torch.float32},
     "jetmoe": {"kv_channels": 8, "num_attention_heads": ...},

@@ -91,6 +91,8 @@ _SIZES: dict[str, Any] = {
     "linear_value_head_dim": 14,
     # The rest
     "vocab_size": 101,
+    "vocab_size_per_layer_input": 101,
+    "hidden_size_per_layer_input": 10,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -113,7 +115,7 @@ def small(kind: str | type[Any], /, **overrides: Any) -> Any:
         fields["head_dim"] = 8
     if "kv_lora_rank" in default:  # latent attention: a key for every head, made of two parts
         fields["num_key_value_heads"] = _HEADS
-        fields.pop("head_dim", None)
+        fields |= dict.fromkeys({"head_dim"} & default.keys(), _SIZES["qk_rope_head_dim"])
     kinds = {name: value for name, value in default.items() if name in _LISTS and value}
     if kinds:  # one layer of each kind, two at least
         unique = {name: list(dict.fromkeys(value))[:_MAX_LAYERS] for name, value in kinds.items()}

@@ -21,12 +21,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 24, "n_groups": 2},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 10, "n_groups": 2,
                    "moe_shared_expert_intermediate_size": 34},
-    "recurrent_gemma": {"lru_width": 40, "block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {"lru_width": 42, "block_types": ["recurrent", "attention"]},
     "rwkv": {"attention_hidden_size": 40},
     "xlstm": {"embedding_dim": 48, "num_blocks": 2, "num_heads": 4},
-    "zamba": {"attention_hidden_size": 96, "attention_head_dim": 16, "num_key_value_heads": 6},
+    "zamba": {"attention_hidden_size": 96, "attention_head_dim": 16, "num_key_value_heads": 6, "num_hidden_layers": 4,
+              "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"attention_hidden_size": 96, "attention_head_dim": 16, "num_key_value_heads": 6, "mamba_headdim": 24,
                "n_mamba_heads": 4, "mamba_ngroups": 2, "adapter_rank": 9},
+    "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+                       "mlp_layer_types": ["dense", "sparse"]},
+    "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 12, "indexer_budget": 4,
+                       "indexer_compress_ratio": 2, "hc_lowrank": 9},
 }  # fmt: skip
 
 RECIPES: tuple[Recipe, ...] = tuple(causal_lm(name, **OVERRIDES.get(name, {})) for name in NAMES)

@@ -175,6 +175,7 @@ static lp_status find_rule(const char *name, lp_op *op, lp_error *err)
     op->detail = 0;
     if (!lp_rule_find(base, &op->rule, &op->detail) && (op->flags & LP_OP_POINTWISE) != 0)
         op->rule = lp_rule_pointwise;
+    op->vanish = lp_vanish_find(base, op->rule, op->detail);
     return LP_OK;
 }
 
@@ -496,6 +497,8 @@ lp_status lp_index_dim(lp_run *run, const lp_tensor *index, lp_expr dim, lp_erro
 {
     if (index->has_values && lp_axes_size(run->axes, index->values) == lp_axes_size(run->axes, dim))
         return lp_unify_dims(run, index->values, dim, LP_RULE_VALUE, err);
+    if (index->has_values)
+        LP_TRY(lp_axes_note(run->axes, index->values, LP_REASON_NUMBERED, err));
     return lp_axes_note(run->axes, dim, LP_REASON_INDEXED, err);
 }
 
@@ -579,6 +582,34 @@ static void forget_values(lp_graph *graph, const lp_tensor *written)
         }
 }
 
+/* Does the operation follow the positions its integers name, or only hand them on? */
+static bool follows_values(lp_graph *graph, const lp_op *op)
+{
+    const lp_rule_fn follow[] = {lp_rule_index,     lp_rule_index_select, lp_rule_gather, lp_rule_scatter,
+                                 lp_rule_index_add, lp_rule_index_put,    lp_rule_count,  lp_rule_keep,
+                                 lp_rule_nothing,   lp_rule_grouped_mm,   lp_rule_factory};
+
+    for (size_t i = 0; i < sizeof follow / sizeof follow[0]; i++)
+        if (op->rule == follow[i])
+            return true;
+    for (size_t i = 0; i < op->output_count; i++) {
+        const lp_tensor *out = lp_op_output(graph, op, i);
+        if (out != NULL && out->has_values)
+            return true;
+    }
+    return false;
+}
+
+/* Removal renumbers the positions of an axis: whoever computes with the old numbers holds it fast. */
+static lp_status freeze_numbered(lp_graph *graph, lp_tensor *tensor, void *context, lp_error *err)
+{
+    lp_run *run = context;
+    (void)graph;
+    return tensor->integral && tensor->has_values
+               ? lp_axes_note(run->axes, tensor->values, LP_REASON_NUMBERED, err)
+               : LP_OK;
+}
+
 static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
 {
     lp_graph *graph = run->graph;
@@ -599,6 +630,8 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
             LP_TRY(lp_set_fresh(run, op, i, LP_REASON_CONSTANT, err));
     } else if (op->rule != NULL) {
         LP_TRY(op->rule(run, op, err));
+        if (!follows_values(graph, op))
+            LP_TRY(visit_inputs(graph, op, freeze_numbered, run, err));
     } else {
         if (op->live)
             LP_TRY(append_index(graph, &graph->unknown, &graph->unknown_count, &graph->unknown_capacity,
@@ -630,6 +663,7 @@ lp_status lp_graph_build(lp_graph *graph, lp_error *err)
     graph->axes.quiet = false;
     for (size_t i = 0; i < graph->result_count; i++)
         LP_TRY(lp_freeze_tensor(&run, &graph->tensors[graph->results[i]], LP_REASON_OUTPUT, err));
+    LP_TRY(lp_graph_find_remains(graph, err));
     graph->built = true;
     return lp_graph_collect(graph, err);
 }

@@ -34,6 +34,7 @@ typedef struct lp_op {
     uint32_t flags;
     uint32_t index;
     uint8_t detail; /* the rule's variant, from the table */
+    uint8_t vanish; /* how its result vanishes where the weights do (vanish.c) */
     bool live;
 } lp_op;
 
@@ -124,6 +125,10 @@ lp_rule lp_rule_between(const lp_tensor *a, const lp_tensor *b);
 /* Elements of a tensor, and multiply-accumulates of a product, with graph->removed gone. */
 lp_status lp_tensor_numel(lp_graph *graph, const lp_tensor *tensor, int64_t *out, lp_error *err);
 lp_status lp_op_macs(lp_graph *graph, const lp_op *op, int64_t *out, lp_error *err);
+/* How the result of an operation vanishes where the weights do; then freeze the axes that are summed over where
+ * something does not (vanish.c). */
+uint8_t lp_vanish_find(const char *name, lp_rule_fn rule, uint8_t detail);
+lp_status lp_graph_find_remains(lp_graph *graph, lp_error *err);
 /* Gather the axes once the tape has run (groups.c). */
 lp_status lp_graph_collect(lp_graph *graph, lp_error *err);
 uint32_t lp_tensor_id(const lp_graph *graph, const lp_tensor *tensor);

@@ -94,6 +94,10 @@ const char *lp_reason_text(lp_reason reason)
         return "attention is scaled by its size";
     case LP_REASON_DECLARED:
         return "the rule registered for the operation freezes it";
+    case LP_REASON_NUMBERED:
+        return "numbers of its positions are compared or computed with";
+    case LP_REASON_REMAINS:
+        return "summed over where zero weights do not make it zero";
     case LP_MARK_MEAN:
         return "a mean is taken over it";
     case LP_MARK_EXTREME:

@@ -329,6 +329,10 @@ lp_status lp_rule_sort(lp_run *run, const lp_op *op, lp_error *err)
             indices->values = self->dims[dim];
         }
     }
+    if (op->detail == 0 && lp_op_output(run->graph, op, 0) != NULL && self->integral) {
+        lp_op_output(run->graph, op, 0)->has_values = self->has_values;
+        lp_op_output(run->graph, op, 0)->values = self->values;
+    }
     for (size_t i = 0; i < op->output_count; i++)
         LP_TRY(lp_set_output(run, op, i, self->dims, err));
     return LP_OK;

@@ -59,8 +59,16 @@ lp_status lp_rule_extreme(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_arg second = lp_op_arg(run->graph, op, 1);
 
+    lp_tensor *input = lp_op_tensor(run->graph, op, 0), *places = lp_op_output(run->graph, op, 1);
+
     if (second.tag == LP_ARG_TENSOR)
         return lp_rule_pointwise(run, op, err);
+    if (input != NULL && places != NULL && places->integral && second.tag == LP_ARG_INT && input->ndim > 0) {
+        places->has_values = true;
+        places->values = input->dims[lp_wrap_dim(second.values[0], input->ndim)];
+        if (places->live)
+            LP_TRY(lp_axes_role(run->axes, places->values, LP_ROLE_ROUTED, err));
+    }
     return reduce(run, op, second, LP_REDUCE_EXTREME, err);
 }
 

@@ -143,6 +143,27 @@ lp_status lp_rule_repeat(lp_run *run, const lp_op *op, lp_error *err)
     return lp_set_output(run, op, 0, dims, err);
 }
 
+/* Joined integers name positions of one axis if every part does. */
+static lp_status join_values(lp_run *run, lp_arg list, lp_tensor *out, lp_error *err)
+{
+    const lp_tensor *first = NULL;
+
+    for (size_t i = 0; i < list.count; i++) {
+        const lp_tensor *part = list.values[i] >= 0 ? &run->graph->tensors[list.values[i]] : NULL;
+        if (part == NULL || !part->integral || !part->has_values ||
+            (first != NULL &&
+             lp_axes_size(run->axes, first->values) != lp_axes_size(run->axes, part->values)))
+            return LP_OK;
+        if (first == NULL)
+            first = part;
+        else
+            LP_TRY(lp_unify_dims(run, first->values, part->values, LP_RULE_VALUE, err));
+    }
+    if (first != NULL)
+        keep_values(first, out);
+    return LP_OK;
+}
+
 lp_status lp_rule_cat(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_arg list = lp_op_arg(run->graph, op, 0);
@@ -155,6 +176,7 @@ lp_status lp_rule_cat(lp_run *run, const lp_op *op, lp_error *err)
     if (list.tag != LP_ARG_TENSORS || out == NULL || out->ndim == 0)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 1, 0), out->ndim);
+    LP_TRY(join_values(run, list, out, err));
     LP_TRY(lp_grow(&run->graph->allocator, &block, &capacity, list.count + 1, sizeof *terms, err));
     terms = block;
     status = LP_OK;
@@ -193,6 +215,7 @@ lp_status lp_rule_stack(lp_run *run, const lp_op *op, lp_error *err)
     if (list.tag != LP_ARG_TENSORS || list.count == 0 || list.values[0] < 0 || out == NULL || out->ndim == 0)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 1, 0), out->ndim);
+    LP_TRY(join_values(run, list, out, err));
     first = &run->graph->tensors[list.values[0]];
     if (out->ndim != first->ndim + 1u)
         return lp_rule_unknown(run, op, err);
