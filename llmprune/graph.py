@@ -559,7 +559,7 @@ class Graph:
 
 
 def _with_literals(tape: Tape) -> list[list[Any]]:
-    """The operations, with the cuts flagged whose borders no equation explains: numbers in the model's code."""
+    """The operations, with the cuts and groupings flagged that no equation explains: numbers in the model's code."""
     explained = {(tensor, dim) for tensor, dim, _tree, _where in tape.equations}
     ops = []
     for op in tape.ops:
@@ -571,9 +571,14 @@ def _with_literals(tape: Tape) -> list[list[Any]]:
             dim = (given[0] if given else 0) % max(ndim, 1)
             if not any((tensor, dim) in explained for tensor in outputs):
                 op = [name, flags | LITERAL, code, outputs, scope]
+        elif name in _GROUPINGS and (outputs[0], 1) not in explained:
+            op = [name, flags | LITERAL, code, outputs, scope]
         ops.append(op)
     return ops
 
 
 _CUTS = {"aten::slice": 1, "aten::split": 2, "aten::split_with_sizes": 2, "aten::chunk": 2}
 """Operations that cut a dimension, with the place of the dimension among their arguments."""
+
+_GROUPINGS = ("aten::native_group_norm", "aten::group_norm")
+"""Operations that divide dimension 1 into a number of groups."""

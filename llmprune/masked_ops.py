@@ -47,7 +47,18 @@ _REDUCTIONS = {
 # (input, normalized_shape, weight, [bias,] eps): the number of tensors that follow normalized_shape.
 _LAST_DIMS = {"native_layer_norm": 2, "layer_norm": 2, "rms_norm": 1, "_fused_rms_norm": 1}
 _GROUP_NORM = "native_group_norm"
-_OWN_FORM = {*_WORST_LAST, *_WORST_FIRST, "topk", *_REDUCTIONS, *_LAST_DIMS, _GROUP_NORM}
+_BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit"}
+_FUSED_ATTENTION = "scaled_dot_product_attention"
+_OWN_FORM = {
+    *_WORST_LAST,
+    *_WORST_FIRST,
+    "topk",
+    *_REDUCTIONS,
+    *_LAST_DIMS,
+    *_BATCH_NORMS,
+    _GROUP_NORM,
+    _FUSED_ATTENTION,
+}
 
 
 def has_masked_form(name: str) -> bool:
@@ -119,7 +130,7 @@ class _FusedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        ops = self._counting.next("aten::scaled_dot_product_attention")
+        ops = self._counting.next(f"aten::{_FUSED_ATTENTION}")
         if ops:
             kwargs = {**dict(zip(_FUSED_ARGUMENTS, args, strict=False)), **kwargs}
             args = ()
@@ -213,6 +224,11 @@ def _restricted(func: Any, arguments: list[Any], ops: list[Any]) -> Any:
         return _call(func, arguments)
     if name in _LAST_DIMS:
         return _last_dims(func, arguments, {dim: kept for (_, dim), kept in cuts.items()}, _LAST_DIMS[name])
+    if name in _BATCH_NORMS:
+        whole = arguments[0]
+        for (_, dim), kept in cuts.items():
+            arguments[0] = _select(arguments[0], dim, kept)
+        return _spread_first(_call(func, arguments), whole, {dim: kept for (_, dim), kept in cuts.items()})
     return _group_norm(func, arguments, {dim: kept for (_, dim), kept in cuts.items()})
 
 

@@ -12,7 +12,7 @@ with ``op`` one of ``+ - * // % max min``, or ``("neg", a)``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -77,6 +77,14 @@ class PInt(int):
         return unequal
 
     __hash__ = int.__hash__
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """``numpy.sqrt(size)``: NumPy reads an integer's value without asking for it as a float."""
+        for value in inputs:
+            if type(value) is PInt:
+                value.spent()
+        plain = (int(value) if type(value) is PInt else value for value in inputs)
+        return getattr(ufunc, method)(*plain, **kwargs)
 
     def __neg__(self) -> PInt:
         return PInt(-int(self), ("neg", self.tree), self.watcher)
@@ -237,6 +245,9 @@ class SizeMode(TorchFunctionMode):
         for value in numbers:
             if type(value) is PInt:
                 self.spent(value.tree, out)
+            elif type(value) in (list, tuple) and override is not None:
+                for size in _sizes_within(value):
+                    self.spent(size.tree, out)
         return out
 
 
@@ -256,6 +267,15 @@ def without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
+
+
+def _sizes_within(values: Sequence[Any]) -> Iterator[PInt]:
+    """The sizes in nested lists of numbers that become a tensor."""
+    for value in values:
+        if type(value) is PInt:
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _sizes_within(value)
 
 
 Handler = Callable[[SizeMode, str, Sequence[Any], Mapping[str, Any], Any], Any]

@@ -171,6 +171,8 @@ lp_status lp_rule_group_norm(lp_run *run, const lp_op *op, lp_error *err)
     if (!aligned)
         return lp_rule_unknown(run, op, err);
     LP_TRY(lp_axes_note(run->axes, pair[1], LP_REASON_GROUPED, err));
+    if (op->flags & LP_OP_LITERAL)
+        LP_TRY(lp_axes_note(run->axes, pair[0], LP_REASON_FIXED, err));
     for (size_t i = native ? 1 : 2; i < (native ? 3u : 4u); i++) {
         lp_tensor *weight = lp_op_tensor(run->graph, op, i);
         if (weight != NULL && weight->ndim == 1)
@@ -182,7 +184,8 @@ lp_status lp_rule_group_norm(lp_run *run, const lp_op *op, lp_error *err)
     return LP_OK;
 }
 
-/* In evaluation each channel is scaled and shifted by its own statistics. */
+/* In evaluation each channel is scaled and shifted by its own running statistics.  With the statistics of what is there
+ * (standardised weights are written so), every other dimension is normalised over. */
 lp_status lp_rule_batch_norm(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0);
@@ -193,6 +196,14 @@ lp_status lp_rule_batch_norm(lp_run *run, const lp_op *op, lp_error *err)
         lp_tensor *weight = lp_op_tensor(run->graph, op, i);
         if (weight != NULL && weight->ndim == 1 && weight->sizes[0] == input->sizes[1])
             LP_TRY(lp_unify_dims(run, input->dims[1], weight->dims[0], LP_RULE_FORWARD, err));
+    }
+    for (size_t i = 3; i < 6; i++) {
+        lp_arg training = lp_op_arg(run->graph, op, i);
+        if (training.tag != LP_ARG_BOOL || training.values[0] == 0)
+            continue;
+        for (size_t d = 0; d < input->ndim; d++)
+            if (d != 1 && input->sizes[d] > 1)
+                LP_TRY(lp_mark_dim(run, op, input, d, LP_MARK_NORM, err));
     }
     LP_TRY(lp_set_output(run, op, 0, input->dims, err));
     for (size_t i = 1; i < op->output_count; i++)
