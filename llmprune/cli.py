@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     prune.add_argument(
+        "--form", default="auto", help="of the checkpoint: auto, stock or universal (%(default)s)"
+    )
+    prune.add_argument(
         "--eval", type=_path, metavar="FILE", help="text to measure perplexity on, before and after"
     )
     prune.add_argument("--generate", metavar="PROMPT", help="continue this text greedily, before and after")
@@ -192,7 +195,7 @@ def _prune(options: argparse.Namespace) -> None:
     from llmprune.score import check_scoring
     from llmprune.stages import Stages
 
-    check_options(options.repair, None, options.output, options.overwrite)
+    check_options(options.repair, None, options.output, options.overwrite, options.form)
     check_scoring(options.importance, options.aggregation, options.calibration)
     check_choice(
         options.ratio,
@@ -251,7 +254,7 @@ def _prune(options: argparse.Namespace) -> None:
     if before[1] is not None and after[1] is not None:
         report.generation = (options.generate, before[1], after[1])
     if options.output is not None:
-        save(model, report, tokenizer, options.output, options.overwrite, clock)
+        save(model, report, tokenizer, options.output, options.overwrite, clock, form=options.form)
     if options.save_plan is not None:
         report.plan.save(options.save_plan)
     if options.json:

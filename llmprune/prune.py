@@ -54,6 +54,7 @@ class Report:
         notes: what the recording had to do besides the ordinary.
         output: where the checkpoint lies; None if none was written.
         form: its form, ``stock`` or ``universal``.
+        reason: why it is not ``stock``, a clause; empty where it is.
         perplexity: before and after, if it was measured.
         generation: prompt, and continuation before and after, if asked for.
     """
@@ -72,6 +73,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     output: str | None = None
     form: str | None = None
+    reason: str = ""
     perplexity: tuple[float, float] | None = None
     generation: tuple[str, str, str] | None = None
 
@@ -109,6 +111,7 @@ class Report:
             "notes": self.notes,
             "output": self.output,
             "form": self.form,
+            "reason": self.reason,
         }
 
 
@@ -133,6 +136,7 @@ def prune(
     verify: bool = True,
     output: str | Path | None = None,
     overwrite: bool = False,
+    form: str = "auto",
     quiet: bool | None = None,
     stages: Stages | None = None,
 ) -> Report:
@@ -162,6 +166,7 @@ def prune(
         verify: whether to compare with the masked reference first.
         output: folder to write; it must not exist unless ``overwrite``.
         overwrite: whether ``output`` may be replaced.
+        form: of the checkpoint, as for :func:`llmprune.save_pretrained`.
         quiet: show no progress; None shows it on a terminal only.
         stages: an existing stage clock to add to.
 
@@ -179,7 +184,7 @@ def prune(
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
 
-    check_options(repair, repair_calibration, output, overwrite)
+    check_options(repair, repair_calibration, output, overwrite, form)
     check_scoring(importance, aggregation, calibration)
     check_choice(
         ratio,
@@ -234,7 +239,7 @@ def prune(
         notes=list(graph.tape.notes),
     )
     if output is not None:
-        save(model, report, tokenizer, output, overwrite, clock, inputs)
+        save(model, report, tokenizer, output, overwrite, clock, inputs, form)
     return report
 
 
@@ -246,6 +251,7 @@ def save(
     overwrite: bool,
     clock: Stages,
     inputs: Mapping[str, Any] | None = None,
+    form: str = "auto",
 ) -> None:
     """Write the pruned model as a stage of its own and note the place in the report."""
     from llmprune.checkpoint import save_pretrained
@@ -254,8 +260,10 @@ def save(
     if report.perplexity is not None:
         figures["perplexity"] = report.perplexity
     with clock.stage("save", f"writing {output}"):
-        saved = save_pretrained(model, output, tokenizer, overwrite, inputs=inputs, figures=figures)
-    report.output, report.form = saved.directory, saved.form
+        saved = save_pretrained(
+            model, output, tokenizer, overwrite, form=form, inputs=inputs, figures=figures
+        )
+    report.output, report.form, report.reason = saved.directory, saved.form, saved.reason
 
 
 def check_options(
@@ -263,12 +271,17 @@ def check_options(
     repair_calibration: Any = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    form: str = "auto",
 ) -> None:
     """Refuse before any work what would be refused after it.
 
     Raises:
-        InputError: an unknown or future repair, or an output that may not be replaced or cannot be made.
+        InputError: an unknown or future repair or form, or an output that may not be replaced or cannot be made.
     """
+    from llmprune.checkpoint import FORMS
+
+    if form not in FORMS:
+        raise InputError(f"unknown checkpoint form {form!r}: choose one of {', '.join(FORMS)}")
     if repair == "ls":
         raise InputError(
             "repair='ls' (least squares) arrives with a later version of llmprune: use 'none' or 'auto'"

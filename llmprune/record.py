@@ -33,7 +33,7 @@ class AttributeValue:
     module: str
     name: str
     index: int | None
-    value: int
+    value: int | float
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def render(report: Report) -> str:
     closing = [*report.notes, verified]
     if report.output is not None:
         closing.append(f"checkpoint: {report.output} ({report.form} form)")
+        if report.reason:
+            closing.append(f"not in stock form: {report.reason}")
     parts.append("\n".join(closing))
     return "\n\n".join(parts)
 

@@ -88,7 +88,7 @@ def difference(model: Any, record: Compaction, base: Any) -> dict[str, Any]:
             )
         shapes[name] = list(tensor.shape)
     changes = _config_changes(model, record)
-    attributes: dict[str, dict[str, int]] = {}
+    attributes: dict[str, dict[str, int | float]] = {}
     for attribute in record.attributes:
         if _config_path(model, attribute) is None and _get(built, attribute) != attribute.value:
             entry = attribute.name if attribute.index is None else f"{attribute.name}[{attribute.index}]"

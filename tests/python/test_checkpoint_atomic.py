@@ -339,7 +339,7 @@ def test_ctrl_c_while_saving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_weights", "_reload", "_compare"):
+    for name in ("_weights", "_reload", "_compared"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint._Writer, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
