@@ -485,7 +485,7 @@ def _reduced(whole: _Builder, start: Mapping[Key, Number]) -> _Builder:
     model = whole.build({})
     lengths = {len(m) for m in model.modules() if isinstance(m, nn.ModuleList)} if model else set()
     kinds = {pattern_of(key) for key in start}
-    best = whole
+    best, count = whole, len(start)
     for place, value in whole.fields().items():
         if value not in lengths or not isinstance(value, int) or value <= 2:
             continue
@@ -495,10 +495,10 @@ def _reduced(whole: _Builder, start: Mapping[Key, Number]) -> _Builder:
             depths = (*best.depths, (place, value, depth))
             smaller = _Builder(whole.kind, whole.base, whole.attributes, depths, whole.ignored)
             seen = smaller.observe({})
-            if seen is None or len(seen) == len(start) or any(start.get(key) != n for key, n in seen.items()):
+            if seen is None or len(seen) == count or any(start.get(key) != n for key, n in seen.items()):
                 break  # no depth
             if {pattern_of(key) for key in seen} == kinds:
-                best = smaller
+                best, count = smaller, len(seen)
                 break
     return best
 
