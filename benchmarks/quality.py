@@ -1,13 +1,13 @@
 """What the importances are worth: perplexity of pruned models.
 
 20 % of the FFN channels and 25 % of the key-value groups are removed in every layer, for every importance and
-aggregation, with three seeds for random.
+aggregation, with three seeds for random; and for element1 (sum) with least-squares repair in both orders.
 
     python benchmarks/quality.py [MODEL_DIR ...] [--data DIR]
 
-Protocol: calibration on 10 x 64 tokens of the training text's head; judged on the first 100,000 characters of the
-validation text in windows of 128 tokens without overlap, the first token of a window not scored; texts are encoded
-as the tokenizer does by default.
+Protocol: calibration on 10 x 64 tokens of the training text's head, repair on 64 x 128 of its end; judged on the
+first 100,000 characters of the validation text in windows of 128 tokens without overlap, the first token of a window
+not scored; texts are encoded as the tokenizer does by default.
 Without arguments it runs on the demo model with the demo's texts; with ``--data`` (or LLMPRUNE_DATA) on every model
 folder below DIR/models with the TinyStories texts of DIR/text. Writes results/quality.json and prints the table.
 """
@@ -30,13 +30,16 @@ from _measure import Claim, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
+from llmprune.calibration import load_calibration
 from llmprune.perplexity import perplexity
+from llmprune.repair import ORDERS, repair
 
 RATIO = {"ffn": 0.2, "head": 0.25}
 IMPORTANCES = ("l1", "l2", "vector", "element1", "element2")
 AGGREGATIONS = ("sum", "max", "product", "last")
 SEEDS = (0, 1, 2)
 SAMPLES, LENGTH, SPACING = 10, 64, 192
+REPAIR_SAMPLES, REPAIR_LENGTH = 64, 128
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -69,9 +72,15 @@ def judge(case: Case) -> dict[str, Any]:
     train = torch.tensor(tokenizer(case.calibration, verbose=False)["input_ids"])
     valid = torch.tensor(tokenizer(case.evaluation, verbose=False)["input_ids"])
     ids = torch.stack([train[i * SPACING : i * SPACING + LENGTH] for i in range(SAMPLES)])
+    window = train[-REPAIR_SAMPLES * REPAIR_LENGTH :]
+    repair_ids = load_calibration(
+        window[: len(window) // REPAIR_LENGTH * REPAIR_LENGTH].view(-1, REPAIR_LENGTH)
+    )
     graph = llmprune.trace(dense)
 
-    def pruned(importance: str, aggregation: str = "sum", seed: int = 0) -> tuple[float, int]:
+    def pruned(
+        importance: str, aggregation: str = "sum", seed: int = 0, order: str | None = None
+    ) -> tuple[float, int]:
         model = copy.deepcopy(dense)
         scores = llmprune.score(
             model, graph, ids, importance=importance, aggregation=aggregation, seed=seed, quiet=True
@@ -79,7 +88,8 @@ def judge(case: Case) -> dict[str, Any]:
         plan = llmprune.plan(
             graph, scores, ratio=RATIO, allocation="uniform", protect_first=0, protect_last=0, seed=seed
         )
-        llmprune.compact(model, plan)
+        weights = None if order is None else repair(model, plan, repair_ids, order=order).weights
+        llmprune.compact(model, plan, weights)
         return perplexity(model, tokenizer, valid), sum(p.numel() for p in model.parameters())
 
     table: dict[str, Any] = {
@@ -92,6 +102,7 @@ def judge(case: Case) -> dict[str, Any]:
         table["parameters"]["pruned"] = results["sum"][1]
     seeds = [pruned("random", seed=seed)[0] for seed in SEEDS]
     table["random"] = {"median": statistics.median(seeds), "seeds": seeds}
+    table["repair"] = {order: pruned("element1", order=order)[0] for order in ORDERS}
     return table
 
 
@@ -103,6 +114,8 @@ def show(name: str, table: dict[str, Any]) -> None:
     for importance in IMPORTANCES:
         values = table[importance]
         print(f"{importance:10s}" + "".join(f"{values[aggregation]:10.2f}" for aggregation in AGGREGATIONS))
+    repaired = ", ".join(f"{value:.2f} {order}" for order, value in table["repair"].items())
+    print(f"element1 with least-squares repair: {repaired}")
     seeds = ", ".join(f"{value:.2f}" for value in table["random"]["seeds"])
     print(f"{'random':10s}{table['random']['median']:10.2f}   (seeds {seeds})")
 
@@ -127,6 +140,13 @@ def main() -> int:
             Claim(f"{name}: element1 over random", table["element1"]["sum"] / table["random"]["median"], 1.0)
         )
         claims.append(Claim(f"{name}: element1 over l2", table["element1"]["sum"] / table["l2"]["sum"], 1.0))
+        claims.append(
+            Claim(
+                f"{name}: element1 repaired over element1",
+                table["repair"]["sequential"] / table["element1"]["sum"],
+                1.0,
+            )
+        )
     path = save("quality" if args.data is None else "quality_tinystories", claims, ratio=RATIO, tables=tables)
     print(f"\n{path}")
     for claim in claims:

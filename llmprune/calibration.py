@@ -75,6 +75,7 @@ def load_calibration(
     samples: int = SAMPLES,
     length: int = LENGTH,
     vocabulary: int | None = None,
+    fewer: bool = False,
 ) -> Batch:
     """Turn what the caller has into a :class:`Batch`.
 
@@ -87,6 +88,7 @@ def load_calibration(
         length: How many tokens each has. Texts of at least ``length`` tokens give one sample each, from their start;
             if these are too few, all texts are joined and cut into consecutive samples.
         vocabulary: The number of token ids the model knows; None leaves them unchecked.
+        fewer: Whether fewer samples will do, at least two, where the texts have no more tokens.
 
     Raises:
         CalibrationError: no usable data (missing file, rows without "text", too few tokens, ids out of range).
@@ -106,7 +108,7 @@ def load_calibration(
             "texts with a tokenizer, or a path to a .txt or .jsonl file"
         )
     if not isinstance(source, torch.Tensor):
-        source = _tokenize(list(source), tokenizer, samples, length)
+        source = _tokenize(list(source), tokenizer, samples, length, fewer)
     return _from_ids(source, vocabulary)
 
 
@@ -210,7 +212,7 @@ def _encode(text: str, tokenizer: Any, enough: int) -> list[int]:
         size *= 4
 
 
-def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int) -> torch.Tensor:
+def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, fewer: bool) -> torch.Tensor:
     """Int64 ids, ``samples`` x ``length``, from ``texts`` by the rule of :func:`load_calibration`."""
     if samples < 1 or length < 2:
         raise InputError(
@@ -237,6 +239,9 @@ def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int) -
             return torch.tensor(rows, dtype=torch.int64)
         if len(texts) == 1:
             break
+    if fewer and len(joined) >= 2 * length:
+        samples = min(samples, len(joined) // length)
+        needed = samples * length
     if len(joined) < needed:
         raise CalibrationError(
             f"calibration text has {len(joined)} tokens, {needed} are needed ({samples} samples of {length}): "

@@ -17,7 +17,6 @@ _OPTIONS = (
     ("allocation", "allocation"),
     ("seed", "seed"),
     ("calibration_hash", "calibration (sha256)"),
-    ("repair", "repair"),
 )
 
 
@@ -108,6 +107,8 @@ def _step(step: Step, title: str) -> list[str]:
         for key, label in _OPTIONS
         if step.options.get(key) is not None
     ]
+    if step.repaired:
+        lines.append(f"| tensors repaired by least squares | {len(step.repaired)} |")
     lines += [f"| {package} | {version} |" for package, version in step.versions.items()]
     return [*lines, ""]
 

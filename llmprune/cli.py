@@ -104,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         "--round-to", type=int, default=1, metavar="N", help="keep FFN channels in multiples of this"
     )
     prune.add_argument("--scope", metavar="MODULE", help="prune only below this module")
-    prune.add_argument("--repair", default="auto", help="none or auto (%(default)s)")
+    prune.add_argument(
+        "--repair", default="auto", help="ls (least squares), none, or auto: ls if there is calibration"
+    )
+    prune.add_argument(
+        "--repair-calibration", type=_path, metavar="FILE", help="text to repair on (that of --calibration)"
+    )
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument(
         "--no-verify", action="store_true", help="do not compare with the masked reference first"
@@ -195,7 +200,14 @@ def _prune(options: argparse.Namespace) -> None:
     from llmprune.score import check_scoring
     from llmprune.stages import Stages
 
-    check_options(options.repair, None, options.output, options.overwrite, options.form)
+    check_options(
+        options.repair,
+        options.repair_calibration,
+        options.calibration,
+        options.output,
+        options.overwrite,
+        options.form,
+    )
     check_scoring(options.importance, options.aggregation, options.calibration)
     check_choice(
         options.ratio,
@@ -206,6 +218,7 @@ def _prune(options: argparse.Namespace) -> None:
         round_to=options.round_to,
     )
     _check_file(options.calibration, "calibration file")
+    _check_file(options.repair_calibration, "repair calibration file")
     text = None
     if options.eval is not None:
         _check_file(options.eval, "evaluation file")
@@ -214,19 +227,21 @@ def _prune(options: argparse.Namespace) -> None:
     clock = Stages(announcer(bool(options.quiet)))
     model, tokenizer = _load(options.model, clock, options.trust_remote_code)
     calibration = None
+    repair_text = options.repair_calibration or options.calibration
+    if repair_text is not None and tokenizer is None:
+        raise InputError(
+            f"--calibration needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
+        )
     if options.calibration is not None:
         from llmprune.calibration import load_calibration
+        from llmprune.score import vocabulary_size
 
-        if tokenizer is None:
-            raise InputError(
-                f"--calibration needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
-            )
         calibration = load_calibration(
             options.calibration,
             tokenizer,
             samples=options.samples,
             length=options.length,
-            vocabulary=_vocabulary(model),
+            vocabulary=vocabulary_size(model),
         )
     before = _judge(model, tokenizer, text, options.generate, clock, "before")
     report = prune(
@@ -244,6 +259,7 @@ def _prune(options: argparse.Namespace) -> None:
         scope=options.scope,
         seed=options.seed,
         repair=options.repair,
+        repair_calibration=None if options.repair == "none" else repair_text,
         verify=not options.no_verify,
         quiet=True if options.quiet else None,
         stages=clock,
@@ -301,12 +317,6 @@ def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
     whole: str = tokenizer.decode(ids[0], skip_special_tokens=True)
     start: str = tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
     return whole.removeprefix(start) if whole.startswith(start) else " ... " + whole
-
-
-def _vocabulary(model: Any) -> int | None:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    size = getattr(embeddings, "num_embeddings", None)
-    return size if isinstance(size, int) else None
 
 
 def _check_file(path: Path | None, what: str) -> None:

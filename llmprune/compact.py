@@ -47,6 +47,8 @@ class Cut:
     name: str
     tensor: torch.Tensor
     kept: dict[int, Positions]
+    values: torch.Tensor | None = None
+    """What it is to hold after the cut; None: what it held."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +56,7 @@ class Cut:
         return tuple(len(self.kept[d]) if d in self.kept else n for d, n in enumerate(self.tensor.shape))
 
 
-def compact(model: nn.Module, plan: Any) -> nn.Module:
+def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Remove what ``plan`` removes from ``model``, in place.
 
     Afterwards the same model object runs, trains and generates, ``sum(p.numel())`` and the process's memory have
@@ -69,6 +71,8 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
     Args:
         model: the model the plan was made for.
         plan: a :class:`llmprune.plan.Plan`.
+        weights: new values of some of the parameters that the plan cuts, in the shape they have afterwards
+            (:attr:`llmprune.repair.Repair.weights`).
 
     Returns:
         ``model``.
@@ -78,7 +82,7 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
         TensorError: a tensor that cannot be cut: two parameters overlap in memory, or a parameter is not a plain
             dense tensor. Nothing has been changed.
     """
-    cuts, attributes = prepare(model, plan)
+    cuts, attributes = prepare(model, plan, weights)
     before = sum(p.numel() for p in model.parameters())
     freed = sum(c.tensor.numel() - math.prod(c.shape) for c in cuts if isinstance(c.tensor, nn.Parameter))
     step = record.Step(
@@ -87,6 +91,7 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
         parameters_before=before,
         parameters_after=before - freed,
         versions=record.versions(),
+        repaired=sorted(weights or {}),
     )
     old = record.fresh(model)
     done = old.compose({cut.name: cut.kept for cut in cuts}, attributes, step)
@@ -104,7 +109,9 @@ def compact(model: nn.Module, plan: Any) -> nn.Module:
     return model
 
 
-def compacted_copy(model: nn.Module, plan: Any) -> nn.Module:
+def compacted_copy(
+    model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
     """A copy of ``model``, pruned by ``plan``; ``model`` is left as it is.
 
     The copy shares the parameters that the plan does not cut with ``model`` (they are only to be read), so it costs the
@@ -113,10 +120,10 @@ def compacted_copy(model: nn.Module, plan: Any) -> nn.Module:
     Raises:
         PlanError, TensorError: as :func:`compact`.
     """
-    cuts, attributes = prepare(model, plan)
+    cuts, attributes = prepare(model, plan, weights)
     memo = shared_tensors(model)
     for cut in cuts:
-        smaller = gather(cut.tensor, cut.kept)
+        smaller = _smaller(cut)
         if isinstance(cut.tensor, nn.Parameter):
             smaller = nn.Parameter(smaller, requires_grad=cut.tensor.requires_grad)
         memo[id(cut.tensor)] = smaller
@@ -135,7 +142,9 @@ def shared_tensors(model: nn.Module) -> dict[int, Any]:
     return {id(t): t for t in (*model.parameters(), *model.buffers(), *plain)}
 
 
-def prepare(model: nn.Module, plan: Any) -> tuple[list[Cut], list[AttributeValue]]:
+def prepare(
+    model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | None = None
+) -> tuple[list[Cut], list[AttributeValue]]:
     """Check ``plan`` against ``model`` and lay out the work; changes nothing.
 
     Returns:
@@ -163,11 +172,31 @@ def prepare(model: nn.Module, plan: Any) -> tuple[list[Cut], list[AttributeValue
         if name not in tensors:
             raise PlanError(f"the plan cuts {name!r}, which this {type(model).__name__} does not have")
         cuts.append(Cut(name, tensors[name], _checked_positions(name, tensors[name], dims)))
+    cuts = _with_values(cuts, weights or {})
     _check_tensors(tensors, cuts)
     attributes = [AttributeValue(a.module, a.name, a.index, a.new) for a in plan.attributes]
     for attribute in plan.attributes:
         _check_attribute(model, attribute)
     return cuts, attributes + _builtin_sizes(model, cuts, attributes)
+
+
+def _with_values(cuts: list[Cut], weights: Mapping[str, torch.Tensor]) -> list[Cut]:
+    """The cuts with the values they are to end with."""
+    shapes = {cut.name: cut.shape for cut in cuts}
+    for name, values in weights.items():
+        if shapes.get(name) != tuple(values.shape):
+            raise PlanError(
+                f"new values of {name} have shape {tuple(values.shape)}, but the plan "
+                + (f"leaves {shapes[name]}" if name in shapes else "does not cut it")
+            )
+    return [replace(cut, values=weights.get(cut.name)) for cut in cuts]
+
+
+def _smaller(cut: Cut) -> torch.Tensor:
+    """What a cut's tensor is to hold, as a tensor of its own."""
+    if cut.values is None:
+        return gather(cut.tensor, cut.kept)
+    return cut.values.detach().to(cut.tensor.device, cut.tensor.dtype, copy=True).contiguous()
 
 
 def gather(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
@@ -327,9 +356,11 @@ def _replace(cut: Cut) -> None:
     """Give the cut's tensor object its smaller data; the old memory is free when this returns."""
     tensor = cut.tensor
     try:
-        smaller = gather(tensor, cut.kept)
+        smaller = _smaller(cut)
     except (MemoryError, RuntimeError):  # torch reports exhausted memory as a RuntimeError
         smaller = squeeze(tensor, cut.kept)
+        if cut.values is not None:
+            smaller.copy_(cut.values)
         log.warning("no memory for a second %s: compacted in place, its old size stays taken", cut.name)
     tensor.grad = None
     # Autograd keeps a gradient's expected shape while an earlier graph lives; a change of dtype makes it forget.

@@ -17,10 +17,11 @@ from llmprune.stages import Stage, Stages
 if TYPE_CHECKING:
     from llmprune.graph import Graph
     from llmprune.plan import Plan
+    from llmprune.repair import Repair
     from llmprune.verify import Verification
 
-REPAIRS = ("auto", "none")
-"""Repairs of this version. ``auto`` is whatever the version does best, which is none so far."""
+REPAIRS = ("auto", "ls", "none")
+"""``ls`` is least squares; ``auto`` is that wherever there is calibration data for it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Report:
         ratio: what was asked for: a share of the parameters, or kind -> share of its groups.
         plan: the :class:`llmprune.plan.Plan` that was applied.
         verification: the comparison with the masked reference; None if it was switched off.
+        repair: what the repair found; None if there was none.
         stages: wall time and peak memory, in order.
         importance, aggregation, seed: how groups were scored.
         calibration_hash: sha256 of the calibration samples; None where the importance needs none.
@@ -70,6 +72,7 @@ class Report:
     aggregation: str
     seed: int
     calibration_hash: str | None
+    repair: Repair | None = None
     notes: list[str] = field(default_factory=list)
     output: str | None = None
     form: str | None = None
@@ -101,6 +104,7 @@ class Report:
             "calibration_hash": self.calibration_hash,
             "options": self.plan.options,
             "verification": None if self.verification is None else self.verification.to_json(),
+            "repair": None if self.repair is None else self.repair.to_json(),
             "perplexity": None
             if self.perplexity is None
             else dict(zip(("before", "after"), self.perplexity, strict=True)),
@@ -160,9 +164,10 @@ def prune(
         scope: module path; only what lies under it may give.
         seed: of the importance ``random``.
         inputs: as for :func:`llmprune.trace`.
-        repair: ``none``, or ``auto`` for the best this version has, which is none as well. (Least squares, ``ls``,
-            comes with a later version.)
-        repair_calibration: calibration of the repair; without a repair there is nothing to calibrate.
+        repair: ``ls`` gives what stays new weights by least squares (:mod:`llmprune.repair`), ``none`` leaves them;
+            ``auto`` is ``ls`` wherever there are calibration data.
+        repair_calibration: calibration of the repair, in any form that ``calibration`` has; None takes that, of texts
+            32 samples of 128 tokens. More is better: ten tokens for each input of the widest layer.
         verify: whether to compare with the masked reference first.
         output: folder to write; it must not exist unless ``overwrite``.
         overwrite: whether ``output`` may be replaced.
@@ -180,11 +185,13 @@ def prune(
     from llmprune.compact import compact
     from llmprune.plan import check_choice
     from llmprune.plan import plan as make_plan
+    from llmprune.repair import load_repair_calibration
+    from llmprune.repair import repair as repair_plan
     from llmprune.score import check_scoring, score
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
 
-    check_options(repair, repair_calibration, output, overwrite, form)
+    check_options(repair, repair_calibration, calibration, output, overwrite, form)
     check_scoring(importance, aggregation, calibration)
     check_choice(
         ratio,
@@ -215,15 +222,23 @@ def prune(
             scope=scope,
             seed=seed,
         )
+    repaired = None
+    if repair != "none" and (calibration is not None or repair_calibration is not None):
+        with clock.stage("repair", "fitting what stays to what goes, by least squares"):
+            batch = load_repair_calibration(
+                calibration if repair_calibration is None else repair_calibration, tokenizer, model
+            )
+            repaired = repair_plan(model, plan, batch)
+    weights = None if repaired is None else repaired.weights
     verification = None
     if verify:
         with clock.stage("verify", "comparing with the masked reference"):
-            verification = verify_plan(model, plan, inputs)
+            verification = verify_plan(model, plan, inputs, weights)
     tokens = traced_tokens(graph) or 1
     before = Size(plan.parameters_before, bytes_before, graph.macs({}) // tokens)
     macs = graph.macs({axis: gone.shape[-1] for axis, gone in plan.removed.items()}) // tokens
     with clock.stage("compact", "taking the slices out"):
-        compact(model, plan)
+        compact(model, plan, weights)
     report = Report(
         model=type(model).__name__,
         before=before,
@@ -236,6 +251,7 @@ def prune(
         aggregation=aggregation,
         seed=seed,
         calibration_hash=scores.calibration_hash,
+        repair=repaired,
         notes=list(graph.tape.notes),
     )
     if output is not None:
@@ -269,6 +285,7 @@ def save(
 def check_options(
     repair: str = "none",
     repair_calibration: Any = None,
+    calibration: Any = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     form: str = "auto",
@@ -276,20 +293,21 @@ def check_options(
     """Refuse before any work what would be refused after it.
 
     Raises:
-        InputError: an unknown or future repair or form, or an output that may not be replaced or cannot be made.
+        InputError: an unknown repair or form, a repair without calibration data or data without it, or an output that
+            may not be replaced or cannot be made.
     """
     from llmprune.checkpoint import FORMS
 
     if form not in FORMS:
         raise InputError(f"unknown checkpoint form {form!r}: choose one of {', '.join(FORMS)}")
-    if repair == "ls":
-        raise InputError(
-            "repair='ls' (least squares) arrives with a later version of llmprune: use 'none' or 'auto'"
-        )
     if repair not in REPAIRS:
-        raise InputError(f"unknown repair {repair!r}: this version has {' and '.join(REPAIRS)}")
-    if repair_calibration is not None:
-        raise InputError("repair_calibration is given, but this version has no repair that could use it")
+        raise InputError(f"unknown repair {repair!r}: there are {', '.join(REPAIRS)}")
+    if repair == "ls" and calibration is None and repair_calibration is None:
+        raise InputError(
+            "repair 'ls' needs calibration data: token ids, texts or a path (--calibration FILE)"
+        )
+    if repair == "none" and repair_calibration is not None:
+        raise InputError("repair calibration is given, but repair is 'none': leave one of them out")
     if output is not None:
         _check_output(Path(output), overwrite)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from llmprune.errors import InputError, VerificationError
 from llmprune.record import Compaction
-from llmprune.verify import Verification, compare, outputs_of
+from llmprune.verify import Verification, compare, holding, outputs_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ def _against(
     def counterpart(other: nn.Module) -> nn.Module:
         return model if other is original else copy.deepcopy(model).to(next(other.parameters()).dtype)
 
-    return compare(original, masked, inputs, counterpart)
+    # What a repair changed is what it is: the original gets it too, and the rest is compared.
+    tensors = dict(model.named_parameters())
+    with holding(original, record.kept, {name: tensors[name].detach() for name in record.repaired}):
+        return compare(original, masked, inputs, counterpart)
 
 
 def _removed(graph: Any, record: Compaction) -> dict[int, np.ndarray]:

@@ -47,6 +47,7 @@ class Step:
         parameters_before: parameter count before this step.
         parameters_after: parameter count after it.
         versions: versions of Python and of the packages that took part.
+        repaired: parameters whose remaining weights got new values (:mod:`llmprune.repair`).
     """
 
     options: dict[str, Any]
@@ -54,6 +55,7 @@ class Step:
     parameters_before: int
     parameters_after: int
     versions: dict[str, str]
+    repaired: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -80,6 +82,11 @@ class Compaction:
     history: list[Step] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     state: str = "complete"
+
+    @property
+    def repaired(self) -> set[str]:
+        """The parameters that a pruning gave new values."""
+        return {name for step in self.history for name in step.repaired}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape now, for each parameter and buffer whose shape changed."""

@@ -380,11 +380,13 @@ def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
 def _calibration(
     model: nn.Module, source: Any, tokenizer: Any, samples: int, length: int, importance: str
 ) -> Batch:
-    batch = load_calibration(source, tokenizer, samples=samples, length=length, vocabulary=_vocabulary(model))
+    batch = load_calibration(
+        source, tokenizer, samples=samples, length=length, vocabulary=vocabulary_size(model)
+    )
     return batch.to(next(model.parameters()).device)
 
 
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids the model takes."""
     getter = getattr(model, "get_input_embeddings", None)
     try:

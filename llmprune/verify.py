@@ -76,7 +76,12 @@ class Verification:
         return {**asdict(self), "outputs": list(self.outputs)}
 
 
-def verify(model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None = None) -> Verification:
+def verify(
+    model: nn.Module,
+    plan: Any,
+    inputs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Verification:
     """Compare what ``plan`` would make of ``model`` with the masked reference; ``model`` is left as it was.
 
     The parameters are masked in place and put back bit for bit, so that the extra memory is that of the pruned matrices
@@ -88,6 +93,7 @@ def verify(model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None = None)
         model: the model the plan was made for, not yet compacted.
         plan: a :class:`llmprune.plan.Plan`.
         inputs: keyword arguments of ``model.forward``; None makes them from the model's config.
+        weights: new values that the compaction is to give, as for :func:`llmprune.compact`; both sides have them.
 
     Returns:
         The :class:`Verification`.
@@ -97,7 +103,8 @@ def verify(model: nn.Module, plan: Any, inputs: Mapping[str, Any] | None = None)
             not run; the message says by how much and in which module it begins.
         PlanError, TensorError: as :func:`llmprune.compact`.
     """
-    return compare(model, plan, inputs, lambda original: compacted_copy(original, plan))
+    with holding(model, plan.kept, weights or {}):
+        return compare(model, plan, inputs, lambda original: compacted_copy(original, plan))
 
 
 def compare(
@@ -280,21 +287,52 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
 
 
 @contextmanager
+def holding(
+    model: nn.Module, kept: Mapping[str, Mapping[int, Any]], weights: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Put new values at the kept positions of parameters inside the block; afterwards every bit is as it was."""
+    parameters = dict(model.named_parameters())
+    undo: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        with deferred_interrupts():
+            for name, values in weights.items():
+                data, dims = parameters[name].data, kept[name]
+                undo.append((data, data.clone()))
+                places = np.ix_(*(dims.get(dim, np.arange(size)) for dim, size in enumerate(data.shape)))
+                data[tuple(torch.as_tensor(place, device=data.device) for place in places)] = values
+        yield
+    finally:
+        with deferred_interrupts():
+            for data, values in undo:
+                data.copy_(values)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and experts computed as a trace does, inside the block; afterwards as it was."""
     training = [(module, module.training) for module in model.modules()]
-    held = (value for module in model.modules() for value in vars(module).values() if is_config(value))
-    configs = {id(c): c for c in held if hasattr(c, "_experts_implementation")}.values()
-    experts = [(config, config._experts_implementation) for config in configs]
     model.eval()
     try:
-        for config in configs:
-            config._experts_implementation = "batched_mm"
-        yield
+        with experts_computed_by("batched_mm", model):
+            yield
     finally:
         with deferred_interrupts():
             for module, mode in training:
                 module.training = mode
+
+
+@contextmanager
+def experts_computed_by(implementation: str, model: nn.Module) -> Iterator[None]:
+    """One of transformers' ways to compute a mixture of experts, inside the block; afterwards as it was."""
+    held = (value for module in model.modules() for value in vars(module).values() if is_config(value))
+    configs = {id(c): c for c in held if hasattr(c, "_experts_implementation")}.values()
+    experts = [(config, config._experts_implementation) for config in configs]
+    try:
+        for config in configs:
+            config._experts_implementation = implementation
+        yield
+    finally:
+        with deferred_interrupts():
             for config, name in experts:
                 config._experts_implementation = name
 

@@ -141,7 +141,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["prune", "{tmp}/nowhere", "--importance", "l1"], "nowhere"),
         (["prune", "{tmp}/taken", "--importance", "l1"], "taken"),
         (["prune", "{folder}", "--importance", "l1", "--kinds", "wheel"], "wheel"),
-        (["prune", "{folder}", "--repair", "ls"], "later version"),
+        (["prune", "{folder}", "--importance", "l1", "--repair", "ls"], "needs calibration"),
         (["trace", "{folder}", "--explain", "nonsense"], "PARAM:DIM:INDEX"),
         (["trace", "{folder}", "--explain", "no.weight:0:1"], "no parameter"),
         (["trace", "{folder}", "--explain", "model.norm.weight:0:99"], "position 99 is outside"),

@@ -1,0 +1,222 @@
+"""Least-squares repair: the fit itself, which weights it finds, and that it never makes held-out text worse."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build
+from torch import nn
+
+import llmprune
+from llmprune.calibration import Batch, load_calibration
+from llmprune.consumers import Taps, Use
+from llmprune.errors import InputError, PlanError
+from llmprune.least_squares import fit
+from llmprune.repair import load_repair_calibration, repair
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+def rows(count: int, width: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(samples: int, length: int = 12, seed: int = 0) -> Batch:
+    return load_calibration(
+        torch.randint(3, 90, (samples, length), generator=torch.Generator().manual_seed(seed))
+    )
+
+
+def plan_for(model: nn.Module, kinds: tuple[str, ...] = ("head", "ffn"), inputs: Any = None) -> Any:
+    """A plan that removes a random third of some kinds, never only the last indices."""
+    graph = llmprune.trace(model, inputs)
+    scores = llmprune.score(model, graph, importance="random")
+    return llmprune.plan(graph, scores, ratio=dict.fromkeys(kinds, 0.34), protect_first=0, protect_last=0)
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [200, 25], ids=["more tokens than inputs", "fewer"])
+def test_the_change_is_the_ridge_solution(tokens: int) -> None:
+    x, removed = rows(tokens, 30, 0), rows(tokens, 7, 1)
+    x[:, :7] += removed  # so that there is something to take over
+    r, held = removed @ rows(7, 5, 2), 5
+    found = fit(x, r, held, ridges=(0.1,))
+    learn, missing = x[:-held], r[:-held]
+    ridge = 0.1 * learn.square().sum() / 30
+    want = torch.linalg.solve(
+        learn.t() @ learn + ridge * torch.eye(30, dtype=torch.float64), learn.t() @ missing
+    )
+    assert found.change is not None
+    torch.testing.assert_close(found.change, want)
+    assert found.after == pytest.approx(float((r[-held:] - x[-held:] @ want).square().sum()))
+    assert found.after < found.before == pytest.approx(float(r[-held:].square().sum()))
+
+
+def test_what_cannot_be_learned_is_left_alone() -> None:
+    assert fit(rows(40, 60, 0), rows(40, 3, 1), 20).change is None  # noise does not carry over to other rows
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_dead_or_broken_inputs_are_left_alone(value: float) -> None:
+    found = fit(torch.full((20, 4), value), torch.ones(20, 2), 4)
+    assert (found.change, found.ridge) == (None, None)
+
+
+def test_a_singular_gram_matrix_is_no_obstacle() -> None:
+    x = rows(50, 3, 0)
+    twice = torch.cat([x, x, torch.zeros(50, 2, dtype=torch.float64)], 1)
+    found = fit(twice, x @ rows(3, 4, 1), 10)
+    assert found.change is not None
+    assert bool(torch.isfinite(found.change).all())
+    assert found.after < 0.01 * found.before
+
+
+# --- which weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "endings"),
+    [
+        ("llama", {"o_proj.weight", "down_proj.weight"}),
+        ("phi3", {"o_proj.weight", "down_proj.weight"}),
+        ("gpt2", {"c_proj.weight"}),
+        ("opt", {"out_proj.weight", "fc2.weight"}),
+        ("gpt_neox", {"dense.weight", "dense_4h_to_h.weight"}),
+        ("mixtral", {"o_proj.weight", "experts.down_proj"}),
+    ],
+)
+def test_consumers_are_found_by_what_they_contract(family: str, endings: set[str]) -> None:
+    model = build(family)
+    found = repair(model, plan_for(model), ids(16))
+    names = {name.partition("[")[0] for name in found.ridges}
+    assert {end for end in endings if any(name.endswith(end) for name in names)} == endings
+    assert all(name.endswith(tuple(endings)) for name in names)
+    if family == "mixtral":  # five experts in each of two layers, as far as a token reached them
+        assert 6 <= sum("experts" in name for name in found.ridges) <= 10
+
+
+def test_convolutions_are_consumers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv1d(3, 12, 3, padding=1)
+            self.second = nn.Conv1d(12, 5, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(40, 3, 9)
+    graph = llmprune.trace(model, {"x": x[:2]})
+    (axis,) = (axis for axis in graph.axes if axis.prunable)
+    plan = llmprune.plan(graph, removed={axis.id: [0, 4, 7]})
+    found = repair(model, plan, load_calibration({"x": x}))
+    assert found.ridges.keys() == {"second.weight"}
+    assert found.kept
+    before, after = (llmprune.compact(copy.deepcopy(model), plan, w) for w in (None, found.weights))
+    fresh = torch.randn(64, 3, 9)
+    with torch.no_grad():
+        want = model(fresh)
+        assert (after(fresh) - want).square().sum() < 0.8 * (before(fresh) - want).square().sum()
+
+
+def test_products_by_other_tensors_are_not_seen() -> None:
+    seen: list[Use] = []
+    weight, other = torch.randn(4, 6), torch.randn(4, 6)
+    with Taps({"w": weight}, {"w": {1}}, lambda use, x, y: seen.append(use)):
+        torch.randn(3, 6) @ weight.t()
+        torch.randn(3, 6) @ other.t()
+        torch.randn(3, 4) @ weight  # contracts dimension 0
+        torch.randn(3, 6) @ weight[1:3].t()
+    assert seen == [Use("w", 1, 0, None, 0, 4), Use("w", 1, 0, None, 1, 2)]
+
+
+# --- what becomes of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["sequential", "one-shot"])
+def test_the_model_stays_as_it_was(order: str) -> None:
+    model = build("llama").train()
+    before = copy.deepcopy(model.state_dict())
+    repair(model, plan_for(model), ids(8), order=order)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_too_few_tokens_never_make_held_out_text_worse(seed: int) -> None:
+    model = build("llama")
+    plan, batch = plan_for(model), ids(2, 4, seed)
+    found = repair(model, plan, batch)
+    judged = batch.take(1, 2).inputs["input_ids"]
+
+    def loss(weights: Any) -> float:
+        small = llmprune.compact(copy.deepcopy(model), plan, weights)
+        with torch.no_grad():
+            return float(small(input_ids=judged, labels=judged).loss)
+
+    assert loss(found.weights) <= loss(None)
+    assert found.kept == bool(found.weights)
+
+
+def test_the_demo_model_keeps_more_of_what_it_knew() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmprune.perplexity import perplexity
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    text = (DEMO / "eval.txt").read_text(encoding="utf-8")[:20000]
+    figures = {}
+    for way in ("none", "auto"):
+        model = AutoModelForCausalLM.from_pretrained(DEMO / "model")
+        report = llmprune.prune(
+            model, tokenizer, 0.2, DEMO / "calibration.txt", repair=way, verify=True, quiet=True
+        )
+        assert (report.repair is None) == (way == "none")
+        assert report.verification is not None
+        figures[way] = perplexity(model, tokenizer, text)
+    assert report.repair is not None
+    assert report.repair.loss is not None
+    assert report.repair.loss[1] < report.repair.loss[0]
+    assert model.llmprune.repaired == set(report.repair.weights)
+    assert figures["auto"] < figures["none"]
+
+
+def test_verification_and_compaction_take_the_new_weights() -> None:
+    model = build("llama").double()
+    plan = plan_for(model)
+    found = repair(model, plan, ids(16))
+    before = copy.deepcopy(model.state_dict())
+    assert llmprune.verify(model, plan, weights=found.weights).relative_error < 1e-9
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    llmprune.compact(model, plan, found.weights)
+    for name, values in found.weights.items():
+        assert torch.equal(model.get_parameter(name), values)
+        assert model.get_parameter(name).data_ptr() != values.data_ptr()
+    wrong = {name: values[:1] for name, values in found.weights.items()}
+    with pytest.raises(PlanError, match="but the plan leaves"):
+        llmprune.compact(build("llama").double(), plan, wrong)
+    with pytest.raises(PlanError, match="does not cut it"):
+        llmprune.compact(build("llama").double(), plan, {"model.norm.weight": torch.ones(48)})
+
+
+def test_bad_input() -> None:
+    model = build("llama")
+    plan = plan_for(model)
+    with pytest.raises(InputError, match="unknown order"):
+        repair(model, plan, ids(4), order="backwards")
+    with pytest.raises(InputError, match="at least two"):
+        repair(model, plan, ids(1))
+
+
+def test_short_texts_give_fewer_samples() -> None:
+    model = build("gpt2")
+    batch = load_repair_calibration(["a" * 700], lambda text: {"input_ids": [5] * len(text)}, model)
+    assert (batch.samples, batch.tokens) == (10, 640)  # of the 64 positions that the model has
