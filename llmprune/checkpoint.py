@@ -102,7 +102,7 @@ def save_pretrained(
     _check_model(model, record)
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in universal.tensors_of(model).values()}
     with published(directory, overwrite, sum(sizes.values()) + _BESIDES) as folder:
-        writer = _Writer(model, record, folder, inputs, max_shard_size)
+        writer = _Writer(model, None if record is None else record.current(), folder, inputs, max_shard_size)
         if record is None:
             written, error, reason = "stock", writer.stock(model.config), ""
         else:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
-from llmprune import _core, record
+from llmprune import _core, depth, record
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.record import AttributeValue, Compaction, Positions
@@ -83,8 +83,13 @@ def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | N
             dense tensor. Nothing has been changed.
     """
     cuts, attributes = prepare(model, plan, weights)
+    old = record.fresh(model)
+    follow = _follow(model, plan, old)
     before = sum(p.numel() for p in model.parameters())
     freed = sum(c.tensor.numel() - math.prod(c.shape) for c in cuts if isinstance(c.tensor, nn.Parameter))
+    prefixes = tuple(prefix for drop in follow.drops for prefix in drop.prefixes)
+    if prefixes:
+        freed += sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
     step = record.Step(
         options=dict(getattr(plan, "options", {})),
         removed=_removed(plan),
@@ -93,14 +98,17 @@ def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | N
         versions=record.versions(),
         repaired=sorted(weights or {}),
     )
-    old = record.fresh(model)
-    done = old.compose({cut.name: cut.kept for cut in cuts}, attributes, step)
+    left = {drop.module: drop.kept for drop in follow.drops}
+    kept = {cut.name: cut.kept for cut in cuts}
+    done = old.compose(kept, attributes, step, left, follow.config, follow.attributes)
     with deferred_interrupts():
         try:
             while cuts:
                 # The list is emptied as it is worked off: it would hold the old tensors.
                 _replace(cuts.pop())
+            follow.settle()
             set_attributes(model, attributes)
+            follow.remove(model)
         except BaseException as error:
             _break(model, old, error)
             raise
@@ -129,7 +137,10 @@ def compacted_copy(
         memo[id(cut.tensor)] = smaller
     memo[id(getattr(model, "llmprune", None))] = None
     twin = copy.deepcopy(model, memo)
+    follow = _follow(twin, plan, record.fresh(model))  # of the copy's own objects
+    follow.settle()
     set_attributes(twin, attributes)
+    follow.remove(twin)
     return twin
 
 
@@ -178,6 +189,10 @@ def prepare(
     for attribute in plan.attributes:
         _check_attribute(model, attribute)
     return cuts, attributes + _builtin_sizes(model, cuts, attributes)
+
+
+def _follow(model: nn.Module, plan: Any, done: Compaction) -> depth.Follow:
+    return depth.follow(model, list(getattr(plan, "layers", ())), done.current())
 
 
 def _with_values(cuts: list[Cut], weights: Mapping[str, torch.Tensor]) -> list[Cut]:
@@ -395,6 +410,7 @@ def _removed(plan: Any) -> list[dict[str, Any]]:
             "kind": axes.get(axis, {}).get("kind", "other"),
             "size": int(axes.get(axis, {}).get("size", 0)),
             "removed": np.asarray(indices).tolist(),
+            **{key: axes[axis][key] for key in ("module",) if key in axes.get(axis, {})},
         }
         for axis, indices in getattr(plan, "removed", {}).items()
     ]

@@ -5,6 +5,7 @@ The C core (``llmprune._core.Graph``) finds the axes; this module gives them nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from llmprune import _core
 from llmprune.declared import DECLARED, compile_rules, frozen_by_rule
 from llmprune.errors import InputError, PlanError
 from llmprune.explanation import Chain, Explanation, Step
+from llmprune.layers import Drop, LayerAxis, find_layers
 from llmprune.masked_ops import has_masked_form
 from llmprune.record import fingerprint as fingerprint_of
 from llmprune.tape import LITERAL, TENSOR, Tape, arguments, leaves
@@ -211,6 +213,11 @@ class Graph:
                 shapes[name] = tuple(parameter.shape)
         return cls(tape, fingerprint=fingerprint_of(model), tied=tied, shapes=shapes)
 
+    @cached_property
+    def layers(self) -> list[LayerAxis]:
+        """Stacks of whole blocks that may go (kind ``layer``); their ids continue after those of :attr:`axes`."""
+        return find_layers(self.tape, len(self.axes), self.parameters, self.tied)
+
     @property
     def equations(self) -> list[list[Any]]:
         """Recorded size equations ``[tensor, dim, tree, where]`` (:mod:`llmprune.equations`)."""
@@ -323,13 +330,24 @@ class Graph:
             sizes.setdefault(tensor, []).append(size)
         return {self.tape.tensors[tensor][4]: tuple(shape) for tensor, shape in sizes.items()}
 
-    def numel(self, removed: Mapping[int, int]) -> int:
-        """Elements of all parameters (tied ones once) when axis i loses ``removed[i]`` indices."""
-        return int(self._core.numel(self._counts(removed))) + self._unused
+    def numel(self, removed: Mapping[int, int], drops: Sequence[Drop] = ()) -> int:
+        """Elements of all parameters (tied ones once) when axis i loses ``removed[i]`` indices and blocks go."""
+        total = int(self._core.numel(self._counts(removed))) + self._unused
+        prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
+        if not prefixes:
+            return total
+        cut = self.new_shapes(removed)
+        gone = (cut.get(name, shape) for name, shape in self.parameters.items() if name.startswith(prefixes))
+        return total - sum(math.prod(shape) for shape in gone)
 
-    def macs(self, removed: Mapping[int, int]) -> int:
+    def macs(self, removed: Mapping[int, int], drops: Sequence[Drop] = ()) -> int:
         """Multiply-accumulates of the recorded forward pass then (its inputs' batch and length)."""
-        return int(self._core.macs(self._counts(removed)))
+        prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
+        if not prefixes:
+            return int(self._core.macs(self._counts(removed)))
+        each = self._core.macs_each(self._counts(removed))
+        gone = [f"{scope}.".startswith(prefixes) for scope in self.tape.scopes]
+        return int(sum(each[number] for number, op in enumerate(self.tape.ops) if not gone[op[4]]))
 
     def dim_axes(self, tensor: int, dim: int) -> list[int]:
         """Ids of the axes in a dimension of a tensor on the tape."""
@@ -519,6 +537,11 @@ class Graph:
         for kind, axes in sorted(kinds.items()):
             sizes = sorted({axis.size for axis in axes})
             lines.append(f"  {kind:10s} {len(axes):4d} axes of size {', '.join(map(str, sizes))}")
+        for stack in self.layers:
+            if stack.prunable:
+                lines.append(
+                    f"  {'layer':10s} {stack.size - len(stack.pinned):4d} of {stack.size} in {stack.module}"
+                )
         lines.append(f"  {'frozen':10s} {sum(not axis.prunable for axis in self.axes):4d} axes")
         return "\n".join(lines)
 

@@ -13,11 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmprune.allocation import ALLOCATIONS, Budget, Candidate, layer_of, protected, rank, stacks
+from llmprune.allocation import ALLOCATIONS, Budget, Candidate, layer_of, protected, rank
+from llmprune.allocation import stacks as stacks_of
 from llmprune.atomic import write_file
 from llmprune.closure import close
 from llmprune.equations import Attribute, System
 from llmprune.errors import InputError, PlanError
+from llmprune.layer_choice import (
+    Chosen,
+    Shallower,
+    Stack,
+    candidates,
+    drops_of,
+    fit,
+    sequence,
+    share,
+    with_axes,
+)
+from llmprune.layers import Drop, LayerAxis
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
@@ -68,16 +81,19 @@ class Plan:
 
     Attributes:
         removed: axis id -> sorted removed indices, after closure over ties; (outer size, k) where each index of the
-            axis around it (a key-value head) loses k indices of its own choice (query heads).
+            axis around it (a key-value head) loses k indices of its own choice (query heads). Of a stack of layers
+            (:attr:`Graph.layers`) the positions of the blocks that go.
         kept: canonical parameter or buffer name -> dimension -> sorted kept positions of the original; only what
             changes.
         attributes: module attributes that take a new value.
         marked: operations that normalise over a removed axis (what :func:`llmprune.verify` must mask).
-        axes: axis id -> ``{"kind", "size", "removed"}`` for the axes in ``removed``, and ``"layer"`` where it has one.
+        axes: axis id -> ``{"kind", "size", "removed"}`` for the axes in ``removed``, and ``"layer"`` where it has one
+            (``"module"`` for a stack of layers).
         parameters_before: parameters of the model (tied ones once).
         parameters_after: parameters left.
         fingerprint: of the traced model; a plan fits no other.
         options: the arguments it was made with.
+        layers: the blocks that leave each stack; their parameters are in no other list.
     """
 
     removed: dict[int, Indices]
@@ -89,6 +105,7 @@ class Plan:
     parameters_after: int
     fingerprint: str
     options: dict[str, Any] = field(default_factory=dict)
+    layers: list[Drop] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -116,6 +133,7 @@ class Plan:
             "parameters_after": self.parameters_after,
             "fingerprint": self.fingerprint,
             "options": self.options,
+            "layers": [{**vars(drop), "removed": encode_indices(drop.removed)} for drop in self.layers],
         }
 
     @classmethod
@@ -160,6 +178,10 @@ class Plan:
                 parameters_after=data["parameters_after"],
                 fingerprint=data["fingerprint"],
                 options=dict(data["options"]),
+                layers=[
+                    Drop(**{**drop, "removed": decode_indices(drop["removed"])})
+                    for drop in data.get("layers", [])
+                ],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"this pruning plan is damaged ({type(error).__name__}: {error})") from error
@@ -244,7 +266,7 @@ def plan(
             -> float64 (outer size, axis size)) makes those axes lose a different choice for each outer index.
         ratio: share of the whole model's parameters that is to go, in (0, 1), reached within one group's size (one
             multiple of ``round_to``, for FFN axes). Or kind -> share of that kind's groups to remove in every layer,
-            rounded down; ``kinds`` and ``allocation`` then do not matter.
+            rounded down (of ``layer``: of every stack's blocks); ``kinds`` and ``allocation`` then do not matter.
         removed: axis id -> indices to remove. All of them go, and what their ties demand. For an axis nested in another
             (query heads in a key-value head) an array (outer size, k) removes different ones in each.
         kinds: kinds of axes that may give.
@@ -266,6 +288,7 @@ def plan(
     if (ratio is None) == (removed is None):
         raise InputError("plan needs either a ratio (with scores) or explicit indices in removed, not both")
     axes = {axis.id: axis for axis in graph.axes}
+    chosen: Chosen = {}
     system = System(graph.axes, _sources(graph))
     checked = _check_scores(graph, scores) if scores is not None else _Checked({}, {})
     options: dict[str, Any] = {"seed": int(seed)}
@@ -274,7 +297,11 @@ def plan(
         if value is not None:
             options[name] = value
     if removed is not None:
-        wanted = _check_removed(graph, removed)
+        whole = (
+            {} if max(removed, default=0) < len(graph.axes) else {stack.id: stack for stack in graph.layers}
+        )
+        chosen = _check_blocks({key: removed[key] for key in removed if key in whole}, whole)
+        wanted = _check_removed(graph, {key: removed[key] for key in removed if key not in whole})
     else:
         assert ratio is not None
         check_choice(
@@ -298,22 +325,59 @@ def plan(
             raise InputError(
                 "plan needs scores to choose by: llmprune.score(model, graph, calibration) makes them"
             )
-        wanted = _choose(graph, system, checked, options)
+        wanted, chosen = _choose(graph, system, checked, options)
+    drops = drops_of(graph, chosen) if chosen else []
+    prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
+    if prefixes:  # what goes with its block goes once
+        wanted = {axis: indices for axis, indices in wanted.items() if not _inside(axes[axis], prefixes)}
     counts, changed = close(system, {axis: indices.shape[-1] for axis, indices in wanted.items()})
+    if prefixes:
+        counts = {axis: count for axis, count in counts.items() if not _inside(axes[axis], prefixes)}
     final = {
         axis: _extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
     }
+    attributes = [Attribute.of(leaf, system.old[leaf], new) for leaf, new in sorted(changed.items())]
+    blocks = {axis: np.array(gone, dtype=np.int64) for axis, gone in chosen.items() if gone}
     return Plan(
-        removed=final,
-        kept=graph.kept(final),
-        attributes=[Attribute.of(leaf, system.old[leaf], new) for leaf, new in sorted(changed.items())],
+        removed={**final, **blocks},
+        kept={n: dims for n, dims in graph.kept(final).items() if not (prefixes and n.startswith(prefixes))},
+        attributes=[a for a in attributes if not (prefixes and f"{a.module}.".startswith(prefixes))],
         marked=list(graph.marked_ops(final)),
-        axes=_summaries(graph, final),
+        axes=_summaries(graph, final) | _block_summaries(graph, blocks),
         parameters_before=graph.numel({}),
-        parameters_after=graph.numel(counts),
+        parameters_after=graph.numel(counts, drops),
         fingerprint=graph.fingerprint,
         options=options,
+        layers=drops,
     )
+
+
+def _inside(axis: Axis, prefixes: tuple[str, ...]) -> bool:
+    """Whether all of an axis lies in blocks that go."""
+    return all(name.startswith(prefixes) for name in _names(axis))
+
+
+def _check_blocks(removed: Mapping[int, npt.ArrayLike], stacks: Mapping[int, LayerAxis]) -> Chosen:
+    """Positions of blocks to remove, checked and sorted."""
+    out: Chosen = {}
+    for key, indices in removed.items():
+        stack = stacks[key]
+        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
+        name = f"axis {key} (layer, size {stack.size} of {stack.module})"
+        if values.size == 0:
+            continue
+        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+            raise InputError(f"the removed layers of {name} must be a flat list of integers")
+        gone = sorted({int(value) for value in values})
+        if gone[0] < 0 or gone[-1] >= stack.size:
+            raise InputError(f"{name} has no layer {gone[0] if gone[0] < 0 else gone[-1]}")
+        for position in gone:
+            if position in stack.pinned:
+                raise PlanError(f"layer {position} of {name} cannot go: {stack.pinned[position]}")
+        if len(gone) == stack.size:
+            raise PlanError(f"{name} would lose every layer: keep at least one")
+        out[key] = gone
+    return out
 
 
 def _sources(graph: Graph) -> list[Any]:
@@ -327,8 +391,8 @@ def _names(axis: Axis) -> list[str]:
     return [name for name, _ in axis.places]
 
 
-def _describe(axis: Axis) -> str:
-    names = _names(axis)
+def _describe(axis: Axis | LayerAxis) -> str:
+    names = [axis.module] if isinstance(axis, LayerAxis) else _names(axis)
     place = f" of {names[0]}" if names else ""
     return f"axis {axis.id} ({axis.kind}, size {axis.size}{place})"
 
@@ -342,12 +406,15 @@ class _Checked:
 
 
 def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked:
+    """Scores as arrays of the graph's sizes, those of layers among the flat ones."""
     fingerprint = getattr(scores, "fingerprint", None)
     if fingerprint is not None and fingerprint != graph.fingerprint:
         raise PlanError(
             "these scores belong to another model or to this one before it was pruned: score it again"
         )
-    axes = {axis.id: axis for axis in graph.axes}
+    axes: dict[int, Any] = {axis.id: axis for axis in graph.axes}
+    if max(scores, default=0) >= len(graph.axes):
+        axes |= {stack.id: stack for stack in graph.layers}
 
     def checked(key: int, value: npt.ArrayLike, outer: tuple[int, ...]) -> Array:
         if key not in axes:
@@ -375,7 +442,8 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
     out = {}
     for key, indices in removed.items():
         if key not in axes:
-            raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}")
+            stacks = f", its stacks of layers {[s.id for s in graph.layers]}" if graph.layers else ""
+            raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}{stacks}")
         axis = axes[key]
         values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
         if values.size == 0:
@@ -404,17 +472,61 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
     return out
 
 
-def _choose(graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]) -> dict[int, Indices]:
-    """Axis id -> indices to remove for a ratio."""
-    ratio = options["ratio"]
-    _check_scope(graph, options["scope"])
-    candidates = _candidates(graph, scores, options)
+def _choose(
+    graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]
+) -> tuple[dict[int, Indices], Chosen]:
+    """Axis id -> indices to remove for a ratio, and stack id -> blocks to remove."""
+    ratio, scope = options["ratio"], options["scope"]
+    _check_scope(graph, scope)
+    stacks: list[Stack] = []
+    if "layer" in options["kinds"]:
+        stacks = candidates(
+            graph,
+            scores.flat,
+            options["protect_first"],
+            options["protect_last"],
+            lambda path: not scope or _under(path, scope),
+        )
     if isinstance(ratio, dict):
-        counts = {c.axis: c.share(ratio[c.kind]) for c in candidates}
-    else:
-        target = round(ratio * graph.numel({}))
-        counts = Budget(graph, system, candidates, options["allocation"]).solve(target)
-    return {c.axis: c.choose(counts[c.axis]) for c in candidates if counts.get(c.axis)}
+        chosen = share(stacks, ratio["layer"]) if stacks else {}
+        found = _candidates(graph, scores, options, drops_of(graph, chosen)) if set(ratio) - {"layer"} else []
+        return _indices(found, {c.axis: c.share(ratio[c.kind]) for c in found}), chosen
+    total = graph.numel({})
+    target = round(ratio * total)
+    if not stacks:
+        found = _candidates(graph, scores, options)
+        return _indices(found, Budget(graph, system, found, options["allocation"]).solve(target)), {}
+    steps = sequence(stacks, options["allocation"])
+    if set(options["kinds"]) == {"layer"}:
+        return {}, fit(steps, target, ratio, total)
+
+    def reach(chosen: Chosen) -> int:
+        drops = drops_of(graph, chosen)
+        whole = Shallower(graph, drops)
+        return sum(
+            whole.numel({}) - whole.numel({c.axis: int(most[-1])})
+            for c in _candidates(graph, scores, options, drops)
+            if len(most := c.removals())
+        )
+
+    failure: PlanError | None = None
+    for chosen in with_axes(steps, target, reach):
+        drops = drops_of(graph, chosen)
+        found, whole = _candidates(graph, scores, options, drops), Shallower(graph, drops)
+        rest = target - (total - whole.numel({}))
+        try:
+            counts = Budget(whole, system, found, options["allocation"]).solve(rest) if rest > 0 else {}
+        except PlanError as error:
+            failure = error
+            continue
+        return _indices(found, counts), chosen
+    raise PlanError(
+        f"ratio {ratio:.4g} cannot be reached with layers and {len(options['kinds']) - 1} other kinds: {failure}"
+    )
+
+
+def _indices(found: Sequence[Candidate], counts: Mapping[int, int]) -> dict[int, Indices]:
+    return {c.axis: c.choose(counts[c.axis]) for c in found if counts.get(c.axis)}
 
 
 def check_choice(
@@ -463,20 +575,25 @@ def _check_scope(graph: Graph, scope: str | None) -> None:
         raise InputError(f"no parameter lies under the scope {scope!r}: give a module's path")
 
 
-def _candidates(graph: Graph, scores: _Checked, options: Mapping[str, Any]) -> list[Candidate]:
-    """The axes that may give under the options, in order of id."""
+def _candidates(
+    graph: Graph, scores: _Checked, options: Mapping[str, Any], drops: Sequence[Drop] = ()
+) -> list[Candidate]:
+    """The axes that may give under the options and lie outside of blocks that go, in order of id."""
     kinds, scope = options["kinds"], options["scope"]
     chosen = [axis for axis in graph.axes if axis.prunable and axis.kind in kinds and axis.size > 1]
-    missing = sorted(set(kinds) - {axis.kind for axis in chosen}, key=_kind_order)
+    missing = sorted(set(kinds) - {axis.kind for axis in chosen} - {"layer"}, key=_kind_order)
     if not chosen or (missing and isinstance(options["ratio"], dict)):
         there = sorted({axis.kind for axis in graph.axes if axis.prunable}, key=_kind_order)
         raise PlanError(
             f"this model has no prunable axis of kind {' or '.join(missing)}: "
             + (f"it has {', '.join(there)}" if there else "none of its axes is prunable")
         )
-    known = stacks(list(graph.parameters))
+    known = stacks_of(list(graph.parameters))
+    prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
     out = []
     for axis in chosen:
+        if prefixes and _inside(axis, prefixes):
+            continue
         if scope and not all(_under(name, scope) for name in _names(axis)):
             continue
         layer = layer_of(filter(graph.parameters.__contains__, _names(axis)), known)
@@ -522,7 +639,7 @@ def _extend(axis: Axis, wanted: Indices | None, count: int, scores: _Checked) ->
 
 
 def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
-    known = stacks(list(graph.parameters))
+    known = stacks_of(list(graph.parameters))
     axes = {axis.id: axis for axis in graph.axes}
     out: dict[int, dict[str, Any]] = {}
     for key, indices in removed.items():
@@ -532,3 +649,16 @@ def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[s
         if layer is not None:
             out[key]["layer"] = ".".join(part for part in (layer[0], str(layer[1])) if part)
     return out
+
+
+def _block_summaries(graph: Graph, blocks: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
+    return {
+        stack.id: {
+            "kind": "layer",
+            "size": stack.size,
+            "removed": len(blocks[stack.id]),
+            "module": stack.module,
+        }
+        for stack in (graph.layers if blocks else ())
+        if stack.id in blocks
+    }

@@ -110,7 +110,15 @@ def _against(
                 f"{name} had shape {shape} before the pruning and {shapes.get(name)} in the original given"
             )
     graph = trace(original, inputs)
-    masked = SimpleNamespace(kept=record.kept, marked=graph.marked_ops(_removed(graph, record)))
+    drops = []
+    for path, left in record.layers.items():
+        stack = next((stack for stack in graph.layers if stack.module == path), None)
+        if stack is None:
+            raise InputError(
+                f"blocks of {path} are gone by the record, but the original given has no such stack"
+            )
+        drops.append(stack.drop(set(range(stack.size)) - set(left)))
+    masked = SimpleNamespace(kept=record.kept, marked=graph.marked_ops(_removed(graph, record)), layers=drops)
 
     def counterpart(other: nn.Module) -> nn.Module:
         return model if other is original else copy.deepcopy(model).to(next(other.parameters()).dtype)

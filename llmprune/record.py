@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any
 
@@ -28,12 +28,13 @@ class AttributeValue:
     """A module attribute as the pruned model needs it.
 
     ``name`` may be dotted (``config.num_key_value_heads``); ``index`` is set when it is one entry of a tuple or list.
+    ``value`` is an integer, or what a kept block has that a block built at its new place has not (any JSON value).
     """
 
     module: str
     name: str
     index: int | None
-    value: int | float
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Compaction:
         kept: parameter or buffer name -> dimension -> kept positions of the original, sorted; only what changed.
         attributes: the attributes that differ from the original model's, with their values now.
         history: the prunings, oldest first.
-        config: fields of the model's config as its class was built from them, before any pruning changed one in place;
-            empty for a model without a config.
+        layers: path of a list of blocks -> positions of the original that are left, where blocks have gone. All names
+            in this record are the original model's: ``model.layers.5`` stays that, whatever its number is now.
+        config: fields of the config from which the model's class is built before anything narrower is made of it, at
+            the depth that is left; empty for a model without a config.
         state: ``complete``, or ``broken`` after a compaction that did not reach its end: such a model is unusable.
     """
 
@@ -80,6 +83,7 @@ class Compaction:
     kept: dict[str, dict[int, Positions]] = field(default_factory=dict)
     attributes: list[AttributeValue] = field(default_factory=list)
     history: list[Step] = field(default_factory=list)
+    layers: dict[str, list[int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     state: str = "complete"
 
@@ -89,27 +93,68 @@ class Compaction:
         return {name for step in self.history for name in step.repaired}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape now, for each parameter and buffer whose shape changed."""
+        """Name -> shape, both as they are now, for each parameter and buffer whose shape changed."""
         out = {}
         for name, dims in self.kept.items():
             shape = list(self.original_shapes[name])
             for dim, positions in dims.items():
                 shape[dim] = len(positions)
-            out[name] = tuple(shape)
+            now = self.name_now(name)
+            if now is not None:
+                out[now] = tuple(shape)
         return out
+
+    def name_now(self, original: str) -> str | None:
+        """What a module or tensor of the original is called now; None if its block has gone."""
+        parts = original.split(".")
+        for place, part in enumerate(parts):
+            left = self.layers.get(".".join(original.split(".")[:place]))
+            if left is not None:
+                if int(part) not in left:
+                    return None
+                parts[place] = str(left.index(int(part)))
+        return ".".join(parts)
+
+    def name_then(self, now: str) -> str:
+        """What a module or tensor was called in the original."""
+        parts = now.split(".")
+        for place, part in enumerate(parts):
+            left = self.layers.get(".".join(parts[:place]))
+            if left is not None:
+                parts[place] = str(left[int(part)])
+        return ".".join(parts)
+
+    def current(self) -> Compaction:
+        """The same record as if the model had always had the blocks that are left, under their names now."""
+        if not self.layers:
+            return self
+        shapes = {
+            now: s for name, s in self.original_shapes.items() if (now := self.name_now(name)) is not None
+        }
+        kept = {now: dims for name, dims in self.kept.items() if (now := self.name_now(name)) is not None}
+        attributes = [
+            replace(a, module=now) for a in self.attributes if (now := self.name_now(a.module)) is not None
+        ]
+        return replace(self, original_shapes=shapes, kept=kept, attributes=attributes, layers={})
 
     def compose(
         self,
         kept: Mapping[str, Mapping[int, Positions]],
         attributes: Iterable[AttributeValue],
         step: Step,
+        layers: Mapping[str, Sequence[int]] | None = None,
+        config: dict[str, Any] | None = None,
+        odd: Iterable[AttributeValue] = (),
     ) -> Compaction:
         """The record after one more pruning.
 
         Args:
-            kept: what the new plan keeps, as positions of the model *as it is now*.
+            kept: what the new plan keeps, as positions and names of the model *as it is now*.
             attributes: the attributes the new pruning sets.
             step: the new pruning's provenance.
+            layers: path of a list of blocks -> the positions left of it, of the model as it is now.
+            config: :attr:`config` at the new depth; None: as before.
+            odd: attributes of kept blocks that are not those of their new places, under the names they get.
 
         Returns:
             A new record; this one is left as it was.
@@ -118,30 +163,39 @@ class Compaction:
             PlanError: ``kept`` names a position that this record's model no longer has.
         """
         composed = {name: dict(dims) for name, dims in self.kept.items()}
-        for name, dims in kept.items():
+        for now, dims in kept.items():
+            name = self.name_then(now)
             if name not in self.original_shapes:
                 raise PlanError(f"the record knows no parameter {name!r}: it belongs to another model")
             for dim, positions in dims.items():
-                now = composed.setdefault(name, {}).get(dim)
-                if now is None:
-                    now = np.arange(self.original_shapes[name][dim], dtype=np.int64)
+                left = composed.setdefault(name, {}).get(dim)
+                if left is None:
+                    left = np.arange(self.original_shapes[name][dim], dtype=np.int64)
                 chosen = np.asarray(positions, dtype=np.int64)
-                if chosen.size and (chosen[0] < 0 or chosen[-1] >= len(now)):
+                if chosen.size and (chosen[0] < 0 or chosen[-1] >= len(left)):
                     raise PlanError(
-                        f"{name} dimension {dim} has {len(now)} positions left; the plan keeps position {chosen[-1]}"
+                        f"{name} dimension {dim} has {len(left)} positions left; the plan keeps position {chosen[-1]}"
                     )
-                composed[name][dim] = now[chosen]
-        values = {(a.module, a.name, a.index): a for a in self.attributes}
-        values.update({(a.module, a.name, a.index): a for a in attributes})
-        return Compaction(
-            model_class=self.model_class,
-            module=self.module,
+                composed[name][dim] = left[chosen]
+        depths = dict(self.layers)
+        for now, stay in (layers or {}).items():
+            path = self.name_then(now)
+            earlier = depths.get(path)
+            depths[path] = [int(p) if earlier is None else earlier[p] for p in stay]
+        done = replace(
+            self,
             original_shapes=dict(self.original_shapes),
             kept=composed,
-            attributes=list(values.values()),
             history=[*self.history, step],
-            config=self.config,
+            layers=depths,
+            config=self.config if config is None else config,
+            state="complete",
         )
+        original = [replace(a, module=self.name_then(a.module)) for a in attributes]
+        original += [replace(a, module=done.name_then(a.module)) for a in odd]
+        values = {(a.module, a.name, a.index): a for a in [*self.attributes, *original]}
+        done.attributes = list(values.values())
+        return done
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
@@ -155,6 +209,7 @@ class Compaction:
             },
             "attributes": [vars(a) for a in self.attributes],
             "history": [vars(step) for step in self.history],
+            "layers": self.layers,
             "config": self.config,
             "state": self.state,
         }
@@ -172,6 +227,7 @@ class Compaction:
             },
             attributes=[AttributeValue(**a) for a in data["attributes"]],
             history=[Step(**step) for step in data["history"]],
+            layers={path: [*map(int, left)] for path, left in data.get("layers", {}).items()},
             config=data.get("config", {}),
             state=data.get("state", "complete"),
         )

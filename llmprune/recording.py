@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,11 +218,32 @@ class Recording:
             self.stack.pop()
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        for module in list_members(self.model):
+            note = partial(self._note_call, self.paths[id(module)])
+            handles.append(module.register_forward_hook(note, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _note_call(self, scope: int, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        """Write down which tensors went into a member of a list of modules and came out of it."""
+        items = (
+            [(None, result)]
+            if isinstance(result, torch.Tensor)
+            else result.items()
+            if isinstance(result, Mapping)
+            else enumerate(result)
+            if isinstance(result, (list, tuple))
+            else ()
+        )
+        entry: list[Any] = [scope]
+        for named in ([*enumerate(args), *kwargs.items()], items):
+            entry.append(
+                [[slot, self.recorder.numbered(t)] for slot, t in named if isinstance(t, torch.Tensor)]
+            )
+        self.tape.calls.append(entry)
 
     # Functions that run differently during a trace
 
@@ -345,6 +367,12 @@ class Recording:
             self.tape.value_used = [
                 [_listed(tree), f"in {scopes[scope] or 'the root'}"] for tree, scope in kept
             ]
+
+
+def list_members(model: nn.Module) -> list[nn.Module]:
+    """The members of all lists of modules, each once."""
+    lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    return list({id(member): member for modules in lists for member in modules}.values())
 
 
 def _named(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:

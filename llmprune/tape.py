@@ -34,6 +34,9 @@ class Tape:
             tensor), ``scope`` an index into ``scopes``.
         scopes: module paths (the root is the empty string).
         outputs: ids of the tensors that matter to a caller (logits, or the last hidden state).
+        calls: ``[scope, inputs, outputs]`` for each run of a member of a list of modules; ``inputs`` and ``outputs``
+            are ``[slot, tensor_id]``, an input's slot its place or keyword, an output's its place or key (None: the
+            result is that tensor).
         equations: ``[tensor_id, dim, tree, where]``: the integer expression ``tree`` gave the size of that dimension.
         value_used: ``[tree, where]``: an integer whose value entered the arithmetic as a number.
         model: class name of the traced model.
@@ -52,6 +55,7 @@ class Tape:
     ops: list[list[Any]] = field(default_factory=list)
     scopes: list[str] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    calls: list[list[Any]] = field(default_factory=list)
     equations: list[list[Any]] = field(default_factory=list)
     value_used: list[list[Any]] = field(default_factory=list)
     model: str = ""

@@ -1,9 +1,9 @@
 """Verification: a compacted model must compute what its masked reference computes.
 
 The masked reference is the original model with the removed positions of the same parameters set to zero, in which
-every operation that normalises over a removed axis sees the kept positions only (:mod:`llmprune.masked_ops`). It shares
-no code with compaction: it moves nothing, resizes nothing and sets no attribute, so a slip in any of these shows as a
-difference.
+every operation that normalises over a removed axis sees the kept positions only (:mod:`llmprune.masked_ops`), and every
+removed block hands the stream on as it gets it (:func:`llmprune.depth.bypassed`). It shares no code with compaction: it
+moves nothing, resizes nothing and sets no attribute, so a slip in any of these shows as a difference.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import nn
 
 from llmprune.borrow import is_config
 from llmprune.compact import compacted_copy, shared_tensors
+from llmprune.depth import bypassed
 from llmprune.errors import InputError, LlmpruneError, VerificationError
 from llmprune.interrupts import deferred_interrupts
+from llmprune.layers import renamed
 from llmprune.masked_ops import KeptPositions, kept_positions
 
 log = logging.getLogger(__name__)
@@ -266,7 +268,10 @@ def _error(reference: torch.Tensor, got: torch.Tensor) -> float:
 
 @contextmanager
 def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
-    """Zero the removed positions of the parameters inside the block; afterwards every bit is as it was."""
+    """The masked reference inside the block; afterwards every bit is as it was.
+
+    Removed positions of the parameters are zero, and removed blocks hand on what they get.
+    """
     parameters = dict(model.named_parameters())
     undo: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
     try:
@@ -279,7 +284,8 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
                     gone = torch.as_tensor(np.setdiff1d(np.arange(data.shape[dim]), kept), device=data.device)
                     undo.append((data, dim, gone, data.index_select(dim, gone)))
                     data.index_fill_(dim, gone, 0)
-        yield
+        with bypassed(model, getattr(plan, "layers", ())):
+            yield
     finally:
         with deferred_interrupts():
             for data, dim, gone, values in reversed(undo):
@@ -359,7 +365,7 @@ def _first_difference(
         expected = _module_outputs(model, lambda: _reference(model, plan, batch))
     found = _module_outputs(twin, lambda: outputs_of(twin, batch))
     for name, tensor in expected.items():
-        other = found.get(name)
+        other = found.get(renamed(name, getattr(plan, "layers", ())) or "")
         if name and other is not None and other.shape == tensor.shape and tensor.numel():
             scale = float(tensor.abs().max()) or 1.0
             if not _error(tensor, other) / scale <= tolerance:

@@ -271,6 +271,22 @@ static PyObject *graph_macs(PyObject *self, PyObject *removed)
     return count_of(self, removed, lp_graph_macs);
 }
 
+static PyObject *graph_macs_each(PyObject *self, PyObject *object)
+{
+    PyArrayObject *removed = removed_array(self, object);
+    npy_intp count = (npy_intp)lp_graph_op_count(graph_of(self));
+    PyObject *result = removed == NULL ? NULL : PyArray_SimpleNew(1, &count, NPY_INT64);
+    lp_error err = {0};
+
+    if (result != NULL && lp_graph_macs_each(graph_of(self), PyArray_DATA(removed),
+                                             PyArray_DATA((PyArrayObject *)result), &err) != LP_OK) {
+        Py_CLEAR(result);
+        raise_status(self, &err);
+    }
+    Py_XDECREF(removed);
+    return result;
+}
+
 /* An array that positions of (tensor, dim) are written to must have that dimension's size. */
 static int check_flags_size(PyObject *self, uint32_t tensor, uint32_t dim, Py_ssize_t size)
 {
@@ -548,6 +564,8 @@ static PyMethodDef graph_methods[] = {
     {"numel", graph_numel, METH_O, "numel($self, removed, /)\n--\n\nElements of all parameters then."},
     {"macs", graph_macs, METH_O,
      "macs($self, removed, /)\n--\n\nMultiply-accumulates of the recorded forward pass then."},
+    {"macs_each", graph_macs_each, METH_O,
+     "macs_each($self, removed, /)\n--\n\nint64 (operations,): multiply-accumulates of each operation then."},
     {"removed_positions", graph_removed_positions, METH_VARARGS,
      "removed_positions($self, tensor, dim, size, removed, /)\n--\n\nbool (size,): positions that go with the removed indices."},
     {"mark_ragged", graph_mark_ragged, METH_VARARGS,

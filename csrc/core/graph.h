@@ -158,6 +158,11 @@ const lp_marked *lp_graph_marked(const lp_graph *graph, size_t i);
 /* Multiply-accumulates of the matrix products and convolutions on the tape, after removal (NULL: none). */
 lp_status lp_graph_macs(lp_graph *graph, const int64_t *removed, int64_t *out, lp_error *err);
 
+/* The same for each operation: out[op] for every operation on the tape, 0 where it multiplies no matrices. */
+lp_status lp_graph_macs_each(lp_graph *graph, const int64_t *removed, int64_t *out, lp_error *err);
+
+size_t lp_graph_op_count(const lp_graph *graph);
+
 /* The chain from one parameter dimension to another through an axis: steps of rule LP_RULE_PART lead from a dimension
  * to a part of it and back.  Atoms name dimensions: see lp_graph_atom_dim. */
 lp_status lp_graph_explain(lp_graph *graph, size_t axis, size_t from_member, size_t to_member, lp_steps *out,

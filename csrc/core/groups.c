@@ -442,6 +442,21 @@ lp_status lp_graph_macs(lp_graph *graph, const int64_t *removed, int64_t *out, l
     return LP_OK;
 }
 
+lp_status lp_graph_macs_each(lp_graph *graph, const int64_t *removed, int64_t *out, lp_error *err)
+{
+    set_removed(graph, removed);
+    for (size_t i = 0; i < graph->op_count; i++)
+        out[i] = 0;
+    for (size_t i = 0; i < graph->macs_count; i++)
+        LP_TRY(lp_op_macs(graph, &graph->ops[graph->macs[i]], &out[graph->macs[i]], err));
+    return LP_OK;
+}
+
+size_t lp_graph_op_count(const lp_graph *graph)
+{
+    return graph->op_count;
+}
+
 lp_status lp_graph_dim_axes(lp_graph *graph, uint32_t tensor, uint32_t dim, uint32_t *out, size_t capacity,
                             size_t *count, lp_error *err)
 {

@@ -1,0 +1,197 @@
+"""Which whole blocks go, for a share of the layers or a share of the model's parameters.
+
+Blocks go one after another. ``uniform`` takes them so that every stack loses the same share, the lowest scores of a
+stack first; ``global`` takes the lowest score per parameter of all stacks. Where narrower axes give as well, blocks and
+axes lose a common share: the next block goes while the share of its stack that would be gone (half of it counted) is
+not above the share that the axes would have to give for the rest of the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from llmprune.allocation import Indices, protected, rank
+from llmprune.errors import PlanError
+from llmprune.layers import Drop, LayerAxis
+
+if TYPE_CHECKING:
+    from llmprune.graph import Graph
+
+Array = npt.NDArray[np.float64]
+Chosen = dict[int, list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A stack that may lose blocks.
+
+    Attributes:
+        axis: the stack.
+        order: the blocks that may go, lowest score first; at most all but one of the stack.
+        scores: float64 (size,).
+        costs: parameters of each block.
+    """
+
+    axis: LayerAxis
+    order: Sequence[int]
+    scores: Array
+    costs: Sequence[int]
+
+
+def candidates(
+    graph: Graph,
+    scores: Mapping[int, Array],
+    first: int | None,
+    last: int | None,
+    allowed: Callable[[str], bool],
+) -> list[Stack]:
+    """The stacks that may lose blocks.
+
+    Args:
+        graph: the traced model.
+        scores: axis id -> (size,), of every stack that may lose some.
+        first: blocks left at the start of each stack; None scales the paper's 4 of 32.
+        last: blocks left at its end; None scales the paper's 2 of 32.
+        allowed: whether the block of this path may give.
+
+    Raises:
+        PlanError: no stack may lose any, or one has no scores.
+    """
+    if not any(axis.prunable for axis in graph.layers):
+        found = "; ".join(f"{axis.module}: {'; '.join(axis.reasons)}" for axis in graph.layers)
+        raise PlanError(
+            f"this model has no prunable axis of kind layer: {found or 'no stack of blocks on a residual stream'}"
+        )
+    out = []
+    for axis in graph.layers:
+        depth = {axis.module: axis.size}
+        free = [
+            i
+            for i in range(axis.size)
+            if i not in axis.pinned
+            and allowed(f"{axis.module}.{i}")
+            and not protected((axis.module, i), depth, first, last)
+        ]
+        if not free:
+            continue
+        if axis.id not in scores:
+            raise PlanError(
+                f"axis {axis.id} (layer, {axis.module}) has no scores: score the graph with kinds=('layer',)"
+            )
+        order = [int(i) for i in rank(scores[axis.id]) if i in set(free)][: axis.size - 1]
+        costs = [
+            graph.numel({}) - graph.numel({}, [axis.drop([i])]) if i in set(free) else 0
+            for i in range(axis.size)
+        ]
+        out.append(Stack(axis, order, scores[axis.id], costs))
+    if not out:
+        raise PlanError(
+            "no layer is left to prune, so the largest reachable ratio is 0: protect fewer layers or widen the scope"
+        )
+    return out
+
+
+def share(stacks: Sequence[Stack], ratio: float) -> Chosen:
+    """The lowest-scored blocks, ``ratio`` of each stack, rounded down."""
+    # A product such as 0.29 * 100 = 28.999999999999996 means 29.
+    return {s.axis.id: sorted(s.order[: int(ratio * s.axis.size + 1e-9)]) for s in stacks}
+
+
+def sequence(stacks: Sequence[Stack], allocation: str) -> list[tuple[float, Stack, int]]:
+    """The blocks in the order they go: (share of the stack half way through the step, stack, block)."""
+    steps = []
+    for place, stack in enumerate(stacks):
+        worst = -np.inf
+        for number, block in enumerate(stack.order):
+            half = (number + 0.5) / stack.axis.size
+            worst = max(worst, float(stack.scores[block]) / max(1, stack.costs[block]))
+            key = (half, worst) if allocation == "uniform" else (worst, half)
+            steps.append((*key, place, number, half, stack, block))
+    steps.sort(key=lambda step: step[:4])
+    return [(half, stack, block) for *_, half, stack, block in steps]
+
+
+def fit(steps: Sequence[tuple[float, Stack, int]], target: int, ratio: float, total: int) -> Chosen:
+    """Blocks of about ``target`` parameters, to within one block.
+
+    Raises:
+        PlanError: all of them together fall short by more than the smallest of them.
+    """
+    chosen: Chosen = {}
+    freed = 0
+    rest = []
+    for _, stack, block in steps:
+        cost = stack.costs[block]
+        if freed + cost <= target:
+            chosen.setdefault(stack.axis.id, []).append(block)
+            freed += cost
+        else:
+            rest.append((cost, stack, block))
+    if rest:
+        cost, stack, block = min(rest, key=lambda item: item[0])
+        if not chosen or freed + cost - target < target - freed:
+            chosen.setdefault(stack.axis.id, []).append(block)
+    elif target - freed >= min(stack.costs[block] for _, stack, block in steps):
+        raise PlanError(
+            f"ratio {ratio:.4g} cannot be reached by dropping layers: the largest reachable ratio is "
+            f"{freed / total:.4f}; prune more kinds or protect fewer layers"
+        )
+    return {axis: sorted(blocks) for axis, blocks in chosen.items()}
+
+
+def with_axes(
+    steps: Sequence[tuple[float, Stack, int]], target: int, reach: Callable[[Chosen], int]
+) -> list[Chosen]:
+    """Choices of blocks to be completed by narrower axes, the one with a common share first, then deeper ones.
+
+    Args:
+        steps: the blocks in the order they go.
+        target: parameters to free.
+        reach: of a choice, the parameters that axes of the blocks that are left could give.
+    """
+    found: list[Chosen] = []
+    chosen: Chosen = {}
+    freed = 0
+    for half, stack, block in [*steps, (np.inf, None, -1)]:
+        if stack is not None and freed + stack.costs[block] > target:
+            continue
+        room = reach(chosen)
+        if stack is None or room <= 0 or half > (target - freed) / room:
+            found.append({axis: sorted(blocks) for axis, blocks in chosen.items()})
+        if stack is not None:
+            chosen.setdefault(stack.axis.id, []).append(block)
+            freed += stack.costs[block]
+    return found
+
+
+def drops_of(graph: Graph, chosen: Mapping[int, Sequence[int] | Indices]) -> list[Drop]:
+    """A choice as the removal of blocks."""
+    return [axis.drop(chosen[axis.id]) for axis in graph.layers if len(chosen.get(axis.id, ()))]
+
+
+@dataclass
+class Shallower:
+    """A graph without some of its blocks, as the allocation of narrower axes sees it."""
+
+    graph: Graph
+    drops: Sequence[Drop]
+
+    def __post_init__(self) -> None:
+        prefixes = tuple(prefix for drop in self.drops for prefix in drop.prefixes)
+        self._reaching = {
+            axis.id
+            for axis in self.graph.axes
+            if prefixes and any(name.startswith(prefixes) for name, _ in axis.places)
+        }
+        self._gone = self.graph.numel({}) - self.graph.numel({}, self.drops)
+
+    def numel(self, removed: Mapping[int, int]) -> int:
+        """Parameters left when axis i loses ``removed[i]`` indices as well."""
+        if self._reaching.isdisjoint(removed):
+            return self.graph.numel(removed) - self._gone
+        return self.graph.numel(removed, self.drops)
