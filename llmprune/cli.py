@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--ratio", type=_ratio, default=0.2, help="share of the parameters, or head=0.25,ffn=0.2"
     )
     prune.add_argument(
-        "--importance", default="element1", help="vector element1 element2 l1 l2 random (%(default)s)"
+        "--importance",
+        default="element1",
+        help="vector element1 element2 l1 l2 random, or block_influence for --kinds layer (%(default)s)",
     )
     prune.add_argument("--aggregation", default="sum", help="sum max product last (%(default)s)")
     prune.add_argument(
@@ -93,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--generate", metavar="PROMPT", help="continue this text greedily, before and after")
     prune.add_argument(
-        "--kinds", type=_names, default=("head", "ffn"), help="kinds of axes to prune (head,ffn)"
+        "--kinds",
+        type=_names,
+        default=("head", "ffn"),
+        help="kinds of axes to prune; layer drops whole layers (head,ffn)",
     )
     prune.add_argument("--allocation", default="uniform", help="uniform or global (%(default)s)")
     prune.add_argument(
@@ -208,7 +213,8 @@ def _prune(options: argparse.Namespace) -> None:
         options.overwrite,
         options.form,
     )
-    check_scoring(options.importance, options.aggregation, options.calibration)
+    wanted = tuple(options.ratio) if isinstance(options.ratio, dict) else options.kinds
+    check_scoring(options.importance, options.aggregation, options.calibration, wanted)
     check_choice(
         options.ratio,
         kinds=options.kinds,
@@ -376,6 +382,11 @@ def _trace(options: argparse.Namespace) -> None:
     elif options.json:
         frozen = [
             {"axis": a.id, "size": a.size, "reasons": list(a.reasons)} for a in graph.axes if not a.prunable
+        ]
+        frozen += [
+            {"axis": s.id, "size": s.size, "module": s.module, "reasons": list(s.reasons)}
+            for s in graph.layers
+            if s.pinned
         ]
         _print_json({"kinds": axes_summary(graph), "frozen": frozen, "notes": list(graph.tape.notes)})
     else:

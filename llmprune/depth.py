@@ -153,22 +153,27 @@ class _Bypass:
     drop: Drop
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-        source, target = self.drop.input, self.drop.output
-        stream = args[source] if isinstance(source, int) else kwargs[source]
-        if target is None:
-            return stream
-        if isinstance(target, str):
-            changed = copy.copy(result)
-            changed[target] = stream
-            return changed
-        items = [stream if place == target else item for place, item in enumerate(result)]
-        return items if isinstance(result, list) else tuple(items)
+        source = self.drop.input
+        return with_stream(self.drop, args[source] if isinstance(source, int) else kwargs[source], result)
 
 
 def stream_of(drop: Drop, args: Any, kwargs: Any, result: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The stream's tensors into and out of a block, from its call."""
     into = args[drop.input] if isinstance(drop.input, int) else kwargs[drop.input]
     return into, result if drop.output is None else result[drop.output]
+
+
+def with_stream(drop: Drop, stream: torch.Tensor, result: Any) -> Any:
+    """A block's result with another tensor for the stream."""
+    target = drop.output
+    if target is None:
+        return stream
+    if isinstance(target, str):
+        changed = copy.copy(result)
+        changed[target] = stream
+        return changed
+    items = [stream if place == target else item for place, item in enumerate(result)]
+    return items if isinstance(result, list) else tuple(items)
 
 
 def _check_blocks(model: nn.Module, drop: Drop) -> None:

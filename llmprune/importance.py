@@ -34,6 +34,7 @@ class Importance:
         finish: From the sums over structures to their importances.
         kernel: The name by which ``_core`` knows the formula, or None for the general path.
         additive: The elementwise value is linear in ``g``, so that contributions of batches and uses simply add up.
+        layers: It scores whole blocks (:mod:`llmprune.layer_scores`) and nothing smaller.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Importance:
     finish: Finish
     kernel: str | None
     additive: bool
+    layers: bool = False
 
 
 _REGISTRY: dict[str, Importance] = {}
@@ -52,12 +54,18 @@ def _same(sums: np.ndarray) -> np.ndarray:
 
 
 def register(
-    order: int, *, kernel: str | None = None, additive: bool = False, finish: Finish = _same
+    order: int,
+    *,
+    kernel: str | None = None,
+    additive: bool = False,
+    finish: Finish = _same,
+    layers: bool = False,
 ) -> Callable[[Element], Element]:
     """Make the decorated elementwise formula an importance under its own name; see :class:`Importance`."""
 
     def add(element: Element) -> Element:
-        _REGISTRY[element.__name__] = Importance(element.__name__, order, element, finish, kernel, additive)
+        name = element.__name__
+        _REGISTRY[name] = Importance(name, order, element, finish, kernel, additive, layers)
         return element
 
     return add
@@ -113,3 +121,9 @@ def l2(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 def random(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """Uniform in [0, 1), one generator per axis seeded by (seed, axis id): the baseline that knows nothing."""
     raise NotImplementedError("random scores are drawn per axis and have no elementwise formula")
+
+
+@register(1, layers=True)
+def block_influence(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """``1 - cos(in, out)`` of a block, averaged over tokens (ShortGPT, Men et al. 2024, eq. 1): of layers only."""
+    raise NotImplementedError("block influence is that of a block's stream and has no elementwise formula")

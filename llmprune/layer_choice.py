@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmprune.allocation import Indices, protected, rank
-from llmprune.errors import PlanError
+from llmprune.errors import InputError, PlanError
 from llmprune.layers import Drop, LayerAxis
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Stack:
 def candidates(
     graph: Graph,
     scores: Mapping[int, Array],
+    pinned: Mapping[int, Mapping[int, str]],
     first: int | None,
     last: int | None,
     allowed: Callable[[str], bool],
@@ -55,6 +56,7 @@ def candidates(
     Args:
         graph: the traced model.
         scores: axis id -> (size,), of every stack that may lose some.
+        pinned: axis id -> position -> why the block has to stay, besides what the graph says.
         first: blocks left at the start of each stack; None scales the paper's 4 of 32.
         last: blocks left at its end; None scales the paper's 2 of 32.
         allowed: whether the block of this path may give.
@@ -74,6 +76,7 @@ def candidates(
             i
             for i in range(axis.size)
             if i not in axis.pinned
+            and i not in pinned.get(axis.id, {})
             and allowed(f"{axis.module}.{i}")
             and not protected((axis.module, i), depth, first, last)
         ]
@@ -90,8 +93,10 @@ def candidates(
         ]
         out.append(Stack(axis, order, scores[axis.id], costs))
     if not out:
+        why = next((text for texts in pinned.values() for text in texts.values()), "")
         raise PlanError(
             "no layer is left to prune, so the largest reachable ratio is 0: protect fewer layers or widen the scope"
+            + (f" ({why})" if why else "")
         )
     return out
 
@@ -195,3 +200,40 @@ class Shallower:
         if self._reaching.isdisjoint(removed):
             return self.graph.numel(removed) - self._gone
         return self.graph.numel(removed, self.drops)
+
+
+def check_blocks(removed: Mapping[int, npt.ArrayLike], stacks: Mapping[int, LayerAxis]) -> Chosen:
+    """Positions of blocks to remove, checked and sorted."""
+    out: Chosen = {}
+    for key, indices in removed.items():
+        stack = stacks[key]
+        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
+        name = f"axis {key} (layer, size {stack.size} of {stack.module})"
+        if values.size == 0:
+            continue
+        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
+            raise InputError(f"the removed layers of {name} must be a flat list of integers")
+        gone = sorted({int(value) for value in values})
+        if gone[0] < 0 or gone[-1] >= stack.size:
+            raise InputError(f"{name} has no layer {gone[0] if gone[0] < 0 else gone[-1]}")
+        for position in gone:
+            if position in stack.pinned:
+                raise PlanError(f"layer {position} of {name} cannot go: {stack.pinned[position]}")
+        if len(gone) == stack.size:
+            raise PlanError(f"{name} would lose every layer: keep at least one")
+        out[key] = gone
+    return out
+
+
+def block_summaries(graph: Graph, blocks: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
+    """What a plan says of each stack that loses blocks."""
+    return {
+        stack.id: {
+            "kind": "layer",
+            "size": stack.size,
+            "removed": len(blocks[stack.id]),
+            "module": stack.module,
+        }
+        for stack in (graph.layers if blocks else ())
+        if stack.id in blocks
+    }

@@ -35,18 +35,22 @@ def _accepted(model: nn.Module) -> tuple[set[str], bool]:
     return set(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def run(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """Call ``model`` on ``inputs`` without a cache; plain ids go by place where it has another name for them."""
+    names, anything = _accepted(model)
+    options = {"use_cache": False} if "use_cache" in names else {}
+    if set(inputs) == {"input_ids"} and "input_ids" not in names and not anything:
+        return model(inputs["input_ids"], **options)
+    return model(**inputs, **options)
+
+
 def logits_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Call ``model`` on ``inputs`` without a cache and return its logits (the first output if it names none).
 
     Raises:
         InputError: the model returns no floating-point tensor there.
     """
-    names, anything = _accepted(model)
-    options = {"use_cache": False} if "use_cache" in names else {}
-    if set(inputs) == {"input_ids"} and "input_ids" not in names and not anything:
-        output = model(inputs["input_ids"], **options)
-    else:
-        output = model(**inputs, **options)
+    output = run(model, inputs)
     if not isinstance(output, torch.Tensor):
         logits = getattr(output, "logits", None)
         output = logits if logits is not None else (output[0] if isinstance(output, (tuple, list)) else None)

@@ -23,7 +23,9 @@ from llmprune.layer_choice import (
     Chosen,
     Shallower,
     Stack,
+    block_summaries,
     candidates,
+    check_blocks,
     drops_of,
     fit,
     sequence,
@@ -300,7 +302,7 @@ def plan(
         whole = (
             {} if max(removed, default=0) < len(graph.axes) else {stack.id: stack for stack in graph.layers}
         )
-        chosen = _check_blocks({key: removed[key] for key in removed if key in whole}, whole)
+        chosen = check_blocks({key: removed[key] for key in removed if key in whole}, whole)
         wanted = _check_removed(graph, {key: removed[key] for key in removed if key not in whole})
     else:
         assert ratio is not None
@@ -343,7 +345,7 @@ def plan(
         kept={n: dims for n, dims in graph.kept(final).items() if not (prefixes and n.startswith(prefixes))},
         attributes=[a for a in attributes if not (prefixes and f"{a.module}.".startswith(prefixes))],
         marked=list(graph.marked_ops(final)),
-        axes=_summaries(graph, final) | _block_summaries(graph, blocks),
+        axes=_summaries(graph, final) | block_summaries(graph, blocks),
         parameters_before=graph.numel({}),
         parameters_after=graph.numel(counts, drops),
         fingerprint=graph.fingerprint,
@@ -355,29 +357,6 @@ def plan(
 def _inside(axis: Axis, prefixes: tuple[str, ...]) -> bool:
     """Whether all of an axis lies in blocks that go."""
     return all(name.startswith(prefixes) for name in _names(axis))
-
-
-def _check_blocks(removed: Mapping[int, npt.ArrayLike], stacks: Mapping[int, LayerAxis]) -> Chosen:
-    """Positions of blocks to remove, checked and sorted."""
-    out: Chosen = {}
-    for key, indices in removed.items():
-        stack = stacks[key]
-        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
-        name = f"axis {key} (layer, size {stack.size} of {stack.module})"
-        if values.size == 0:
-            continue
-        if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-            raise InputError(f"the removed layers of {name} must be a flat list of integers")
-        gone = sorted({int(value) for value in values})
-        if gone[0] < 0 or gone[-1] >= stack.size:
-            raise InputError(f"{name} has no layer {gone[0] if gone[0] < 0 else gone[-1]}")
-        for position in gone:
-            if position in stack.pinned:
-                raise PlanError(f"layer {position} of {name} cannot go: {stack.pinned[position]}")
-        if len(gone) == stack.size:
-            raise PlanError(f"{name} would lose every layer: keep at least one")
-        out[key] = gone
-    return out
 
 
 def _sources(graph: Graph) -> list[Any]:
@@ -403,6 +382,7 @@ class _Checked:
 
     flat: dict[int, Array]
     nested: dict[int, Array]
+    pinned: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
 
 
 def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked:
@@ -434,7 +414,7 @@ def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked
         key: checked(key, value, (axes[graph.outer(key)].size,))
         for key, value in getattr(scores, "nested", {}).items()
     }
-    return _Checked(flat, nested)
+    return _Checked(flat, nested, getattr(scores, "pinned", {}))
 
 
 def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[int, Indices]:
@@ -483,6 +463,7 @@ def _choose(
         stacks = candidates(
             graph,
             scores.flat,
+            scores.pinned,
             options["protect_first"],
             options["protect_last"],
             lambda path: not scope or _under(path, scope),
@@ -543,14 +524,7 @@ def check_choice(
     Raises:
         InputError: an argument outside its domain.
     """
-    if isinstance(kinds, str):
-        raise InputError(f"kinds must be a sequence of names like ({kinds!r},), not the string {kinds!r}")
-    named = list(ratio) if isinstance(ratio, Mapping) else list(kinds)
-    for kind in named:
-        if kind not in KINDS:
-            raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
-    if not named:
-        raise InputError(f"no kind of axis to prune was named: the kinds are {', '.join(KINDS)}")
+    check_kinds(list(ratio) if isinstance(ratio, Mapping) and not isinstance(kinds, str) else kinds)
     if isinstance(ratio, Mapping):
         for kind, share in ratio.items():
             if not isinstance(share, Real) or not 0 <= share < 1:
@@ -568,6 +542,17 @@ def check_choice(
     ):
         if value is not None and (not isinstance(value, int) or value < least):
             raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise InputError unless these are kinds of axes, one at least."""
+    if isinstance(kinds, str):
+        raise InputError(f"kinds must be a sequence of names like ({kinds!r},), not the string {kinds!r}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
+    if not list(kinds):
+        raise InputError(f"no kind of axis to prune was named: the kinds are {', '.join(KINDS)}")
 
 
 def _check_scope(graph: Graph, scope: str | None) -> None:
@@ -649,16 +634,3 @@ def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[s
         if layer is not None:
             out[key]["layer"] = ".".join(part for part in (layer[0], str(layer[1])) if part)
     return out
-
-
-def _block_summaries(graph: Graph, blocks: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
-    return {
-        stack.id: {
-            "kind": "layer",
-            "size": stack.size,
-            "removed": len(blocks[stack.id]),
-            "module": stack.module,
-        }
-        for stack in (graph.layers if blocks else ())
-        if stack.id in blocks
-    }

@@ -154,9 +154,10 @@ def prune(
         tokenizer: for calibration texts, and saved with the model.
         ratio: share of the parameters to remove, or kind -> share of that kind's groups in every layer.
         calibration: as for :func:`llmprune.score`; not needed for ``l1``, ``l2`` and ``random``.
-        importance: ``vector``, ``element1``, ``element2``, ``l1``, ``l2`` or ``random``.
+        importance: ``vector``, ``element1``, ``element2``, ``l1``, ``l2``, ``random``, or ``block_influence`` (with
+            ``kinds=("layer",)``).
         aggregation: ``sum``, ``max``, ``product`` or ``last``, over the members of a group.
-        kinds: kinds of axes that may give.
+        kinds: kinds of axes that may give; ``layer`` for whole layers.
         allocation: ``uniform`` or ``global``.
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
@@ -192,7 +193,8 @@ def prune(
     from llmprune.verify import verify as verify_plan
 
     check_options(repair, repair_calibration, calibration, output, overwrite, form)
-    check_scoring(importance, aggregation, calibration)
+    wanted = tuple(ratio) if isinstance(ratio, Mapping) else kinds
+    check_scoring(importance, aggregation, calibration, wanted)
     check_choice(
         ratio,
         kinds=kinds,
@@ -207,7 +209,15 @@ def prune(
         graph = trace(model, inputs)
     with clock.stage("score", f"scoring coupled groups by {importance}"):
         scores = score(
-            model, graph, calibration, importance, aggregation, seed=seed, tokenizer=tokenizer, quiet=quiet
+            model,
+            graph,
+            calibration,
+            importance,
+            aggregation,
+            seed=seed,
+            tokenizer=tokenizer,
+            quiet=quiet,
+            kinds=wanted,
         )
     with clock.stage("plan", "choosing what to remove"):
         plan = make_plan(
@@ -236,7 +246,8 @@ def prune(
             verification = verify_plan(model, plan, inputs, weights)
     tokens = traced_tokens(graph) or 1
     before = Size(plan.parameters_before, bytes_before, graph.macs({}) // tokens)
-    macs = graph.macs({axis: gone.shape[-1] for axis, gone in plan.removed.items()}) // tokens
+    counts = {axis: gone.shape[-1] for axis, gone in plan.removed.items() if axis < len(graph.axes)}
+    macs = graph.macs(counts, plan.layers) // tokens
     with clock.stage("compact", "taking the slices out"):
         compact(model, plan, weights)
     report = Report(

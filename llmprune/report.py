@@ -110,6 +110,17 @@ def axes_summary(graph: Any) -> list[dict[str, Any]]:
         entry["sizes"] = sorted({*entry["sizes"], axis.size})
         if axis.size > 1:
             entry["parameters"] += (total - graph.numel({axis.id: 1})) * axis.size
+    stacks = [stack for stack in graph.layers if stack.prunable]
+    if stacks:
+        free = {s.id: [i for i in range(s.size) if i not in s.pinned] for s in stacks}
+        out["layer"] = {
+            "kind": "layer",
+            "axes": len(stacks),
+            "groups": sum(map(len, free.values())),
+            "sizes": sorted({stack.size for stack in stacks}),
+            "marked": 0,
+            "parameters": total - graph.numel({}, [stack.drop(free[stack.id]) for stack in stacks]),
+        }
     return list(out.values())
 
 
@@ -125,6 +136,7 @@ def render_axes(graph: Any, frozen: bool) -> str:
             [entry["kind"], str(entry["axes"]), str(entry["groups"]), span, str(entry["marked"]), share]
         )
     fixed = [axis for axis in graph.axes if not axis.prunable]
+    pinned = [stack for stack in graph.layers if stack.pinned]
     lines = [
         table(rows),
         f"{total:,} parameters; {len(fixed)} axes frozen{'' if frozen else ' (--frozen lists them)'}",
@@ -133,5 +145,8 @@ def render_axes(graph: Any, frozen: bool) -> str:
         for axis in fixed:
             place = f" in {axis.members[0].parameter}" if axis.members else ""
             lines.append(f"  axis {axis.id}, size {axis.size}{place}: {'; '.join(axis.reasons)}")
+        lines += [
+            f"  layers of {stack.module} (axis {stack.id}): {'; '.join(stack.reasons)}" for stack in pinned
+        ]
     lines += [f"note: {note}" for note in graph.tape.notes]
     return "\n".join(lines)

@@ -26,12 +26,15 @@ from llmprune.atomic import write_file
 from llmprune.calibration import LENGTH, SAMPLES, Batch, load_calibration
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance, lookup
+from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
 from llmprune.loss import SampleLosses, UserLoss, config_value
+from llmprune.plan import check_kinds
 from llmprune.reduction import Reducer, Sums
 from llmprune.streaming import streamed_sums, undisturbed
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph
+    from llmprune.layers import LayerAxis
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Scores(Mapping[int, np.ndarray]):
         kinds: Axis id -> kind of axis.
         nested: Axis id -> float64 (outer axis' size, axis size), for query heads: the score of each one in each
             key-value head, which can then lose a choice of its own.
+        pinned: Id of a stack of layers -> position -> why the model's class cannot build the rest without that block.
     """
 
     def __init__(
@@ -70,11 +74,13 @@ class Scores(Mapping[int, np.ndarray]):
         fingerprint: str,
         kinds: Mapping[int, str],
         nested: Mapping[int, np.ndarray] | None = None,
+        pinned: Mapping[int, Mapping[int, str]] | None = None,
     ):
         self._values = {int(axis): np.asarray(array, dtype=np.float64) for axis, array in values.items()}
         self.nested = {
             int(axis): np.asarray(array, dtype=np.float64) for axis, array in (nested or {}).items()
         }
+        self.pinned = {int(a): {int(i): w for i, w in why.items()} for a, why in (pinned or {}).items()}
         self.importance, self.aggregation, self.seed = importance, aggregation, seed
         self.calibration_hash, self.fingerprint, self.kinds = calibration_hash, fingerprint, dict(kinds)
 
@@ -118,6 +124,7 @@ class Scores(Mapping[int, np.ndarray]):
             "calibration_hash": self.calibration_hash,
             "fingerprint": self.fingerprint,
             "kinds": {str(axis): kind for axis, kind in self.kinds.items()},
+            "pinned": self.pinned,
         }
 
     @classmethod
@@ -137,6 +144,7 @@ class Scores(Mapping[int, np.ndarray]):
             fingerprint=header["fingerprint"],
             kinds={int(axis): kind for axis, kind in header["kinds"].items()},
             nested=nested,
+            pinned=header.get("pinned"),
         )
 
     def to_json(self) -> str:
@@ -208,13 +216,21 @@ class Scores(Mapping[int, np.ndarray]):
             raise InputError(f"{str(path)!r} holds no scores: {error!r}") from error
 
 
-def check_scoring(importance: str, aggregation: str, calibration: Any) -> Importance:
+def check_scoring(
+    importance: str, aggregation: str, calibration: Any, kinds: Sequence[str] | None = None
+) -> Importance:
     """The importance's rule; refuse what :func:`score` refuses of these arguments before anybody traces a model.
 
     Raises:
-        InputError: an unknown importance or aggregation, or no calibration data for an importance that needs them.
+        InputError: an unknown importance or aggregation, no calibration data for an importance that needs them, or
+            kinds that the importance has no scores for.
     """
     rule = lookup(importance)
+    if rule.layers and kinds is not None and set(kinds) != {"layer"}:
+        raise InputError(
+            f"importance {importance!r} scores whole layers and nothing smaller: prune kinds=('layer',) by it "
+            "(--kinds layer), or choose another importance"
+        )
     if aggregation not in AGGREGATIONS:
         raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
     if rule.order > 0 and calibration is None:
@@ -239,13 +255,15 @@ def score(
     checkpointing: bool | None = None,
     loss: UserLoss | None = None,
     quiet: bool | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> Scores:
-    """Score every coupled group of every prunable axis.
+    """Score every coupled group of every prunable axis, and whole layers where they are asked for.
 
     With ``L_j`` the mean next-token loss of sample j and ``g_j`` its gradient, ``g`` is the mean of ``g_j`` over the
     samples and ``s`` the mean of ``g_j ** 2``. A structure is one index of one dimension of one parameter; its
     importance is one of :mod:`llmprune.importance` (Ma et al., LLM-Pruner, NeurIPS 2023). A member's score at an axis
     index is the sum over its positions, and the group's aggregates its members'. Members on buffers carry no score.
+    Of layers see :mod:`llmprune.layer_scores`.
 
     The model is the same afterwards, also when this raises: no gradients, hooks or changed flags.
 
@@ -254,7 +272,7 @@ def score(
         graph: Its graph.
         calibration: Token ids (samples x length), texts with ``tokenizer``, a path to .txt or .jsonl, or a mapping of
             tensors; see :func:`llmprune.calibration.load_calibration`. Not needed for l1, l2 and random.
-        importance: vector, element1, element2, l1, l2, random, or one registered.
+        importance: vector, element1, element2, l1, l2, random, one registered, or block_influence (of layers only).
         aggregation: sum, max, product, or last (the last member in execution order).
         seed: For ``random``; the same seed gives the same scores.
         tokenizer: For texts.
@@ -266,33 +284,44 @@ def score(
             pass: a third more time, a fraction of the memory; None for only when memory would not suffice.
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.
+        kinds: Kinds that are to be pruned: ``layer`` has whole layers scored too, and alone nothing else. None: every
+            kind but ``layer`` (only ``layer`` for block_influence).
 
     Raises:
         InputError: an unknown importance or aggregation, the graph of another model, weights that are not finite, not
             floating point or not loaded, a loss that does not apply.
         CalibrationError: calibration data that cannot be used, or a sample whose loss is not finite.
     """
-    rule = check_scoring(importance, aggregation, calibration)
-    axes = [axis for axis in graph.axes if axis.prunable]
+    rule = check_scoring(importance, aggregation, calibration, kinds)
+    if kinds is None:
+        kinds = ("layer",) if rule.layers else ()
+    else:
+        check_kinds(kinds)
+    stacks = [stack for stack in graph.layers if stack.prunable] if "layer" in kinds else []
+    axes = [] if set(kinds) == {"layer"} else [axis for axis in graph.axes if axis.prunable]
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
-    digest = None
     outer = {axis.id: around for axis in axes if (around := _outer(graph, axis)) is not None}
+    batch = None
     if rule.order < 0:
         tables = {
             axis: np.random.default_rng((seed, axis, 1)).random((around.size, graph.axes[axis].size))
             for axis, around in outer.items()
         }
-        values = {axis.id: np.random.default_rng((seed, axis.id)).random(axis.size) for axis in axes}
+        values = {
+            number: np.random.default_rng((seed, number)).random(size)
+            for number, size in [(a.id, a.size) for a in axes] + [(s.id, s.size) for s in stacks]
+        }
     else:
-        _check_weights(parameters)
+        _check_weights(parameters if not stacks else dict(model.named_parameters()))
         with tqdm(total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet) as bar:
+            sums: Sums = {}
             if rule.order == 0:
                 sums = _weights_only(parameters, rule, partial(_tick, bar))
             else:
                 batch = _calibration(model, calibration, tokenizer, samples, length, importance)
-                digest = batch.hash
+            if axes and batch is not None:
                 tick = partial(_tick, bar)
                 sums = _streamed(model, batch, loss, parameters, rule, tick, batch_size, checkpointing)
         structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
@@ -301,16 +330,46 @@ def score(
             axis: _nested(graph.axes[axis], around, structures, aggregation) for axis, around in outer.items()
         }
         _check_finite(axes, values, importance)
+        if stacks:
+            values |= _of_layers(model, stacks, rule, batch, loss, batch_size, quiet)
     return Scores(
         values,
         importance=importance,
         aggregation=aggregation,
         seed=seed,
-        calibration_hash=digest,
+        calibration_hash=None if batch is None else batch.hash,
         fingerprint=graph.fingerprint,
-        kinds={axis.id: axis.kind for axis in axes},
+        kinds={axis.id: axis.kind for axis in axes} | {stack.id: "layer" for stack in stacks},
         nested=tables,
+        pinned=obstacles(model, stacks) if stacks else {},
     )
+
+
+def _of_layers(
+    model: nn.Module,
+    stacks: Sequence[LayerAxis],
+    rule: Importance,
+    batch: Batch | None,
+    loss: UserLoss | None,
+    batch_size: int | None,
+    quiet: bool | None,
+) -> dict[int, np.ndarray]:
+    """Scores of whole layers, with the model as it was afterwards."""
+    if batch is None:
+        return magnitudes(model, stacks, rule)
+    desc = f"scoring layers ({rule.name})"
+    with (
+        undisturbed(model),
+        _ids_in_range(),
+        tqdm(total=batch.samples, desc=desc, unit="sample", disable=quiet) as bar,
+    ):
+        if rule.layers:
+            values = influences(model, stacks, batch, bar.update)
+        else:
+            losses_of = SampleLosses(model, loss, batch)
+            values = contributions(model, stacks, batch, losses_of, rule, batch_size, bar.update)
+    check_finite(stacks, values, rule.name)
+    return values
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
     route = _Route()
     product = None
     with _requiring_grad(parameters.values()):
-        with watch_blocks(task.model, sketch.samples) as blocks, _measure(task.model) as kept, mode:
+        with watch_blocks(task.model, sketch.samples) as blocks, measured(task.model) as kept, mode:
             if losses_of.plain:
                 logits = losses_of.logits(sketch)
                 product = mode.projections.get(id(logits))
@@ -195,7 +195,7 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
 
 
 @contextlib.contextmanager
-def _measure(model: nn.Module) -> Iterator[Callable[[], int]]:
+def measured(model: nn.Module) -> Iterator[Callable[[], int]]:
     """Count the bytes autograd keeps for backward in the block, parameters and buffers left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
