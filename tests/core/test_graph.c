@@ -37,7 +37,7 @@ static void test_linear_chain(void)
 {
     int64_t up, down, bias = 0, x, h, y, out;
     const lp_axis *axis;
-    int64_t macs = 0, numel = 0, removed[8] = {0}, start, stride;
+    int64_t macs = 0, numel = 0, removed[8] = {0}, each[3] = {-1, -1, -1}, start, stride;
 
     begin();
     x = tape_input(&t, SHAPE(2, 5));
@@ -61,6 +61,10 @@ static void test_linear_chain(void)
         removed[0] = 3;
         CHECK(lp_graph_macs(t.graph, removed, &macs, &t.err) == LP_OK && macs == 2 * 4 * 5 + 2 * 3 * 4,
               "after");
+        CHECK(lp_graph_op_count(t.graph) == 3 &&
+                  lp_graph_macs_each(t.graph, removed, each, &t.err) == LP_OK && each[0] == 2 * 4 * 5 &&
+                  each[1] == 0 && each[2] == 2 * 3 * 4,
+              "of each operation");
         CHECK(lp_graph_numel(t.graph, removed, &numel, &t.err) == LP_OK && numel == 4 * 5 + 4 + 3 * 4,
               "numel");
         CHECK(tape_new_size(&t, h, 1, axis, 3) == 4 && tape_new_size(&t, h, 0, axis, 3) == 2,
