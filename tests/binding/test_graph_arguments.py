@@ -77,7 +77,12 @@ def test_mark_ragged_refuses_flags_of_another_size(graph: Any, size: int) -> Non
 def test_an_axis_cannot_lose_fewer_than_none_or_more_than_all(graph: Any, count: int) -> None:
     removed = np.zeros(axis_count(graph), dtype=np.int64)
     removed[FFN] = count
-    for query in (graph.numel, graph.macs, graph.macs_each, lambda counts: graph.new_sizes(counts, np.array([[UP, 0]]))):
+    for query in (
+        graph.numel,
+        graph.macs,
+        graph.macs_each,
+        lambda counts: graph.new_sizes(counts, np.array([[UP, 0]])),
+    ):
         with pytest.raises(ValueError, match=f"cannot lose {count} indices"):
             query(removed)
     removed[FFN] = 4
