@@ -30,6 +30,8 @@ Path = tuple[str | int, ...]
 
 Edit = Callable[[Any], Any]
 
+Join = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 Odd = list[tuple[str, str, Any]]
 """(module path, attribute, value) of what kept blocks have and blocks built at their new places have not."""
 
@@ -133,15 +135,22 @@ def follow(model: nn.Module, drops: Sequence[Drop], record: Compaction) -> Follo
 
 
 @contextmanager
-def bypassed(model: nn.Module, drops: Sequence[Drop]) -> Iterator[None]:
-    """Inside the block, the removed blocks hand the stream on as they got it; what else they return stays."""
+def bypassed(model: nn.Module, drops: Sequence[Drop], join: Join | None = None) -> Iterator[None]:
+    """Inside the block, the removed blocks hand the stream on as they got it; what else they return stays.
+
+    Args:
+        model: the model, with all its blocks.
+        drops: the blocks that go.
+        join: makes what is handed on of the stream before and after a block; None: that before.
+    """
     handles = []
     try:
         for drop in drops:
             for position in drop.removed.tolist():
                 block = model.get_submodule(f"{drop.module}.{position}")
                 # Before hooks of others: transformers collects hidden states by such.
-                handles.append(block.register_forward_hook(_Bypass(drop), prepend=True, with_kwargs=True))
+                hook = _Bypass(drop, join)
+                handles.append(block.register_forward_hook(hook, prepend=True, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -151,10 +160,11 @@ def bypassed(model: nn.Module, drops: Sequence[Drop]) -> Iterator[None]:
 @dataclass(frozen=True)
 class _Bypass:
     drop: Drop
+    join: Join | None
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
-        source = self.drop.input
-        return with_stream(self.drop, args[source] if isinstance(source, int) else kwargs[source], result)
+        into, out = stream_of(self.drop, args, kwargs, result)
+        return with_stream(self.drop, into if self.join is None else self.join(into, out), result)
 
 
 def stream_of(drop: Drop, args: Any, kwargs: Any, result: Any) -> tuple[torch.Tensor, torch.Tensor]:

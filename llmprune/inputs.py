@@ -157,7 +157,7 @@ class _Maker:
             inputs["aspect_ratio_mask"] = torch.ones(lead, dtype=torch.long)
         elif {"image_attention_mask", "pixel_attention_mask"} & self.names:
             lead = (self.batch, 1)  # interleaved: a number of images for each text
-        elif "image_sizes" in self.names:
+        elif "image_sizes" in self.names and self._any_size():
             grids = _get(self.config, "image_grid_pinpoints", default=None)
             if grids is None:  # of any size
                 merge = int(_get(self.config, "spatial_merge_size", default=1))
@@ -235,6 +235,10 @@ class _Maker:
         for stride, kernel in zip(reversed(strides), reversed(kernels), strict=True):
             samples = (samples - 1) * stride + kernel
         return self._floats(self.batch, samples if strides else 1600)
+
+    def _any_size(self) -> bool:
+        """Whether images may be of other sizes than the tower's own; where they may not, their sizes are not asked."""
+        return _get(self.config, "image_grid_pinpoints", "spatial_merge_size") is not None
 
     def _floats(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator)

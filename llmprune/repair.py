@@ -30,6 +30,7 @@ from torch import nn
 from llmprune.calibration import Batch, load_calibration
 from llmprune.compact import compacted_copy, gather
 from llmprune.consumers import Taps, Use
+from llmprune.depth import bypassed
 from llmprune.errors import InputError
 from llmprune.least_squares import fit
 from llmprune.loss import SampleLosses, config_value, logits_of
@@ -157,6 +158,7 @@ class _Repairer:
         self._model, self._samples, self._held = model, samples, held
         self._weights = {name: p.data for name, p in model.named_parameters() if name in plan.kept}
         self._kept = {name: plan.kept[name] for name in self._weights}
+        self._drops = list(getattr(plan, "layers", ()))
         self._changes: dict[Use, torch.Tensor | None] = {}
         self._doubled = self._carry_out = False
         self._left = 0
@@ -172,8 +174,13 @@ class _Repairer:
         inputs = batch.inputs
         if self._doubled:
             inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
-        with Taps(self._weights, self._kept, self._meet):
+        drops = self._drops if sequential else ()
+        with Taps(self._weights, self._kept, self._meet), bypassed(self._model, drops, self._past):
             _forward(self._model, Batch(inputs, batch.hash))
+
+    def _past(self, into: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """What comes out of a block that goes: of the second stream, what went in."""
+        return torch.cat([out.chunk(2)[0], into.chunk(2)[1]]) if self._doubled else into
 
     def _survey(self, batch: Batch) -> tuple[Counter[Use], bool]:
         """How often a pass makes each use; and whether all keep the rows of two samples apart, one after the other."""
