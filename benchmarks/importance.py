@@ -6,7 +6,7 @@ a sample, Ma et al. 2023) and Torch-Pruning's GroupTaylorImportance. Each memory
 weights in a process of its own. The floor is the floating-point operations of one forward and backward pass over
 every matrix, at the framework's measured matrix rate.
 
-usage: python benchmarks/importance.py [--layers 16] [--repeats 3] [--memory-only | --time-only]
+usage: python benchmarks/importance.py [--layers 16] [--repeats 3]
 """
 
 from __future__ import annotations

@@ -314,24 +314,29 @@ def score(
             for number, size in [(a.id, a.size) for a in axes] + [(s.id, s.size) for s in stacks]
         }
     else:
-        _check_weights(parameters if not stacks else dict(model.named_parameters()))
-        with tqdm(total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet) as bar:
-            sums: Sums = {}
-            if rule.order == 0:
-                sums = _weights_only(parameters, rule, partial(_tick, bar))
-            else:
-                batch = _calibration(model, calibration, tokenizer, samples, length, importance)
-            if axes and batch is not None:
-                tick = partial(_tick, bar)
-                sums = _streamed(model, batch, loss, parameters, rule, tick, batch_size, checkpointing)
-        structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
-        values = _grouped(axes, structures, aggregation)
-        tables = {
-            axis: _nested(graph.axes[axis], around, structures, aggregation) for axis, around in outer.items()
-        }
-        _check_finite(axes, values, importance)
-        if stacks:
-            values |= _of_layers(model, stacks, rule, batch, loss, batch_size, quiet)
+        weights = parameters if not stacks else dict(model.named_parameters())
+        _check_weights(weights)
+        with _damage_named(weights):
+            with tqdm(
+                total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet
+            ) as bar:
+                sums: Sums = {}
+                if rule.order == 0:
+                    sums = _weights_only(parameters, rule, partial(_tick, bar))
+                else:
+                    batch = _calibration(model, calibration, tokenizer, samples, length, importance)
+                if axes and batch is not None:
+                    tick = partial(_tick, bar)
+                    sums = _streamed(model, batch, loss, parameters, rule, tick, batch_size, checkpointing)
+            structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
+            values = _grouped(axes, structures, aggregation)
+            tables = {
+                axis: _nested(graph.axes[axis], around, structures, aggregation)
+                for axis, around in outer.items()
+            }
+            _check_finite(axes, values, importance)
+            if stacks:
+                values |= _of_layers(model, stacks, rule, batch, loss, batch_size, quiet)
     return Scores(
         values,
         importance=importance,
@@ -426,14 +431,22 @@ def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
                 f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, not floating point: packed "
                 "quantised weights cannot be scored; load the model in float32 or bfloat16"
             )
-        if not parameter.numel():
-            continue
-        low, high = torch.aminmax(parameter.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            what = "NaN" if torch.isnan(low) or torch.isnan(high) else "infinite"
-            raise InputError(
-                f"parameter {name} holds {what} values: the checkpoint is damaged or was overflowed"
-            )
+
+
+@contextmanager
+def _damage_named(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Where the block fails because weights are not finite, name the tensor; looking first would cost a pass."""
+    try:
+        yield
+    except CalibrationError:
+        for name, parameter in parameters.items():
+            values = parameter.detach()
+            if not bool(torch.isfinite(values).all()):
+                what = "NaN" if bool(torch.isnan(values).any()) else "infinite"
+                raise InputError(
+                    f"parameter {name} holds {what} values: the checkpoint is damaged or was overflowed"
+                ) from None
+        raise
 
 
 def _calibration(

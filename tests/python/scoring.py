@@ -30,6 +30,10 @@ class Axis:
     members: tuple[Member, ...]
     prunable: bool = True
 
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        return tuple((member.parameter, member.dim) for member in self.members)
+
 
 @dataclass(eq=False)
 class Graph:
