@@ -173,7 +173,8 @@ def _config(
     """A shallow copy of a config with provenance integers, nested configs included."""
     if id(config) in copies:
         return copies[id(config)]
-    twin = object.__new__(type(config))
+    made: Any = type(config)
+    twin = made.__new__(made)
     copies[id(config)] = twin
     fields = twin.__dict__
     fields.update(config.__dict__)

@@ -26,6 +26,7 @@ from llmprune.loading import RECORD, from_pretrained, load_model, load_tokenizer
 from llmprune.record import Compaction
 from llmprune.reload import compare, loaded, same, stated
 from llmprune.stock_form import find, proof
+from llmprune.wrapped import on_uncompiled
 
 __all__ = ["FORMS", "Saved", "from_pretrained", "load_model", "load_tokenizer", "save_pretrained"]
 
@@ -61,6 +62,7 @@ class Saved:
     reason: str = ""
 
 
+@on_uncompiled
 def save_pretrained(
     model: Any,
     directory: str | Path,

@@ -381,14 +381,23 @@ def _trace(options: argparse.Namespace) -> None:
             print(explanation)
     elif options.json:
         frozen = [
-            {"axis": a.id, "size": a.size, "reasons": list(a.reasons)} for a in graph.axes if not a.prunable
+            {"axis": a.id, "size": a.size, "parameter": a.places[0][0], "reasons": list(a.reasons)}
+            for a in graph.axes
+            if not a.prunable
         ]
         frozen += [
             {"axis": s.id, "size": s.size, "module": s.module, "reasons": list(s.reasons)}
             for s in graph.layers
             if s.pinned
         ]
-        _print_json({"kinds": axes_summary(graph), "frozen": frozen, "notes": list(graph.tape.notes)})
+        _print_json(
+            {
+                "kinds": axes_summary(graph),
+                "frozen": frozen,
+                "unknown_operations": graph.unknown_operations,
+                "notes": list(graph.tape.notes),
+            }
+        )
     else:
         print(render_axes(graph, options.frozen))
 

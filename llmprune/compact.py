@@ -11,7 +11,7 @@ import ctypes
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,6 +24,7 @@ from llmprune import _core, depth, record
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.record import AttributeValue, Compaction, Positions
+from llmprune.wrapped import check_present, on_uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Cut:
         return tuple(len(self.kept[d]) if d in self.kept else n for d, n in enumerate(self.tensor.shape))
 
 
+@on_uncompiled
 def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
     """Remove what ``plan`` removes from ``model``, in place.
 
@@ -167,6 +169,7 @@ def prepare(
     old = getattr(model, "llmprune", None)
     if isinstance(old, Compaction) and old.state != "complete":
         raise TensorError("this model was left half pruned by an earlier compaction: load it again")
+    check_present(model)
     expected = record.fingerprint(model)
     if plan.fingerprint and plan.fingerprint != expected:
         why = (
@@ -270,13 +273,16 @@ def set_attributes(model: nn.Module, attributes: Iterable[AttributeValue]) -> No
 
 
 def _assign(owner: Any, name: str, attribute: AttributeValue) -> None:
-    if attribute.index is None:
-        setattr(owner, name, attribute.value)
-        return
-    sequence = getattr(owner, name)
-    items = list(sequence)
-    items[attribute.index] = attribute.value
-    setattr(owner, name, items if isinstance(sequence, list) else type(sequence)(items))
+    value: Any = attribute.value
+    if attribute.index is not None:
+        sequence = getattr(owner, name)
+        items = list(sequence)
+        items[attribute.index] = value
+        value = items if isinstance(sequence, list) else type(sequence)(items)
+    try:
+        setattr(owner, name, value)
+    except FrozenInstanceError:  # a config that forbids changes: this is a copy of it
+        object.__setattr__(owner, name, value)
 
 
 def _check_attribute(model: nn.Module, attribute: Any) -> None:

@@ -36,7 +36,7 @@ def example_inputs(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -
         raise InputError(
             f"{type(model).__name__} has no config to make example inputs from; give inputs= (a dict for its forward)"
         )
-    names = set(inspect.signature(model.forward).parameters)
+    names = _argument_names(model, config)
     maker = _Maker(model, names, batch, length)
     inputs = maker.make(getattr(model, "main_input_name", "input_ids"))
     if not inputs:
@@ -45,6 +45,17 @@ def example_inputs(model: nn.Module, batch: int = BATCH, length: int = LENGTH) -
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def _argument_names(model: nn.Module, config: Any) -> set[str]:
+    """Names of the forward's arguments; of a wrapper that hands all of them on, those of what it wraps."""
+    for module in model.modules():
+        if module is model or getattr(module, "config", None) is config:
+            parameters = inspect.signature(module.forward).parameters.values()
+            names = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            if names:
+                return names
+    return set(inspect.signature(model.forward).parameters)
 
 
 class _Maker:

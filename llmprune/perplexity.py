@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from llmprune.errors import InputError
+from llmprune.wrapped import on_uncompiled
 
 WINDOW = 128
 """Tokens per window."""
@@ -17,6 +18,7 @@ _LOGITS = 1 << 26
 """Logits held at once: batches are cut so that windows x tokens x vocabulary stays below it."""
 
 
+@on_uncompiled
 @torch.no_grad()
 def perplexity(
     model: nn.Module,

@@ -13,6 +13,7 @@ from torch import nn
 
 from llmprune.errors import InputError
 from llmprune.stages import Stage, Stages
+from llmprune.wrapped import on_uncompiled
 
 if TYPE_CHECKING:
     from llmprune.graph import Graph
@@ -74,6 +75,7 @@ class Report:
     calibration_hash: str | None
     repair: Repair | None = None
     notes: list[str] = field(default_factory=list)
+    unknown_operations: dict[str, int] = field(default_factory=dict)
     output: str | None = None
     form: str | None = None
     reason: str = ""
@@ -113,12 +115,14 @@ class Report:
             else dict(zip(("prompt", "before", "after"), self.generation, strict=True)),
             "stages": [asdict(stage) for stage in self.stages],
             "notes": self.notes,
+            "unknown_operations": self.unknown_operations,
             "output": self.output,
             "form": self.form,
             "reason": self.reason,
         }
 
 
+@on_uncompiled
 def prune(
     model: nn.Module,
     tokenizer: Any = None,
@@ -264,6 +268,7 @@ def prune(
         calibration_hash=scores.calibration_hash,
         repair=repaired,
         notes=list(graph.tape.notes),
+        unknown_operations=graph.unknown_operations,
     )
     if output is not None:
         save(model, report, tokenizer, output, overwrite, clock, inputs, form)

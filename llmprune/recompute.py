@@ -58,6 +58,12 @@ def _first_tensor(leaves: list[Any]) -> torch.Tensor | None:
     )
 
 
+def _take_off(handle: Any) -> None:
+    """Remove a global hook, also from the table of those with keywords, which ``remove`` overlooks (torch 2.13)."""
+    handle.remove()
+    torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
+
+
 @contextmanager
 def watch_blocks(model: nn.Module, samples: int) -> Iterator[Callable[[], list[Block]]]:
     """Watch one forward pass with ``samples`` samples; the yielded function then tells the blocks found.
@@ -87,7 +93,7 @@ def watch_blocks(model: nn.Module, samples: int) -> Iterator[Callable[[], list[B
     try:
         yield lambda: _chains(model, calls)
     finally:
-        handle.remove()
+        _take_off(handle)
         for call in calls:
             call.entered = call.left = None
 
@@ -187,7 +193,7 @@ class Checkpoints:
     def __exit__(self, *exception: Any) -> None:
         """Remove them; recorded outputs can still run backward."""
         for handle in self._handles:
-            handle.remove()
+            _take_off(handle)
         self._handles = []
         torch.set_grad_enabled(True)  # a block that raised left it off
 

@@ -22,6 +22,7 @@ from llmprune.errors import LlmpruneError, TraceError
 from llmprune.provenance import SizeMode, without_dispatch
 from llmprune.recorder import SHADOW_LIMIT, DataDependentError, Recorder
 from llmprune.tape import TENSOR, TENSORS, Tape, arguments
+from llmprune.wrapped import bypass_placement, leave_out_hooks
 
 _META = torch.device("meta")
 _MULTI_HEAD = without_dispatch(F.multi_head_attention_forward)
@@ -124,7 +125,9 @@ class Recording:
             except Exception as error:
                 if isinstance(error, LlmpruneError):
                     raise
-                raise TraceError(self._describe(error)) from error
+                failure = TraceError(self._describe(error))
+                failure.place = self._place(error)  # type: ignore[attr-defined]
+                raise failure from error
             finally:
                 self.recorder.undo_writes()
         self._finish()
@@ -133,6 +136,14 @@ class Recording:
     def _prepare(self) -> None:
         """Put stand-ins, provenance integers and settings in place."""
         model, recorder, setup = self.model, self.recorder, self.setup
+        hooked = leave_out_hooks(model)
+        if hooked:
+            places = ", ".join(path or "the root" for path in hooked[:3]) + (
+                ", ..." if len(hooked) > 3 else ""
+            )
+            self.tape.notes.append(f"hooks of {len(hooked)} modules were left out of the trace ({places})")
+        if self.meta:
+            bypass_placement(model)
         keep_blocks(model, setup.blocks)
         for module in model.modules():
             module.training = False
@@ -326,14 +337,18 @@ class Recording:
 
     def _describe(self, error: Exception) -> str:
         """Where a recording failed, in one sentence."""
-        place = _source_line(error)
-        path = self.tape.scopes[self.stack[-1]]
-        operations = len(self.tape.ops)
         text = " ".join(str(error).split()) or type(error).__name__
         return (
             f"{self.tape.model} cannot be traced: {type(error).__name__}: {text} "
-            f"(operation {operations}, {self.recorder.last or 'before the first'}, in module "
-            f"'{path or 'the root'}'{', ' + place if place else ''})"
+            f"(operation {len(self.tape.ops)}, {self._place(error)})"
+        )
+
+    def _place(self, error: Exception) -> str:
+        """The operation and module that an error came from, and the line of the model's code."""
+        line = _source_line(error)
+        module = self.tape.scopes[self.stack[-1]] or "the root"
+        return (
+            f"{self.recorder.last or 'before the first'}, in module '{module}'{', ' + line if line else ''}"
         )
 
     def _finish(self) -> None:

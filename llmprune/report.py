@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,13 +79,25 @@ def render(report: Report) -> str:
         prompt, first, last = report.generation
         parts.append(f"before: {prompt}{first}\nafter:  {prompt}{last}")
     verified = "not verified" if report.verification is None else f"verified: {report.verification}"
-    closing = [*report.notes, *([] if report.repair is None else [str(report.repair)]), verified]
+    closing = [*report.notes, *unknown(report.unknown_operations), *([] if report.repair is None else [str(report.repair)]), verified]
     if report.output is not None:
         closing.append(f"checkpoint: {report.output} ({report.form} form)")
         if report.reason:
             closing.append(f"not in stock form: {report.reason}")
     parts.append("\n".join(closing))
     return "\n\n".join(parts)
+
+
+def unknown(operations: Mapping[str, int]) -> list[str]:
+    """What to say of operations without a rule: nothing, or one line."""
+    if not operations:
+        return []
+    names = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in operations.items())
+    total = sum(operations.values())
+    return [
+        f"{total} operation{'s' if total > 1 else ''} without a rule froze what they touch: {names}; "
+        "llmprune.register_rule gives them one"
+    ]
 
 
 def _asked(ratio: float | dict[str, float]) -> str:
@@ -148,5 +160,5 @@ def render_axes(graph: Any, frozen: bool) -> str:
         lines += [
             f"  layers of {stack.module} (axis {stack.id}): {'; '.join(stack.reasons)}" for stack in pinned
         ]
-    lines += [f"note: {note}" for note in graph.tape.notes]
+    lines += [f"note: {note}" for note in (*unknown(graph.unknown_operations), *graph.tape.notes)]
     return "\n".join(lines)

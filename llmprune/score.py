@@ -31,6 +31,7 @@ from llmprune.loss import SampleLosses, UserLoss, config_value
 from llmprune.plan import check_kinds
 from llmprune.reduction import Reducer, Sums
 from llmprune.streaming import streamed_sums, undisturbed
+from llmprune.wrapped import check_present, on_uncompiled
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph
@@ -240,6 +241,7 @@ def check_scoring(
     return rule
 
 
+@on_uncompiled
 def score(
     model: nn.Module,
     graph: Graph,
@@ -299,6 +301,7 @@ def score(
         check_kinds(kinds)
     stacks = [stack for stack in graph.layers if stack.prunable] if "layer" in kinds else []
     axes = [] if set(kinds) == {"layer"} else [axis for axis in graph.axes if axis.prunable]
+    check_present(model)
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")

@@ -19,6 +19,7 @@ from llmprune.inputs import example_inputs
 from llmprune.recording import Recording, Setup
 from llmprune.tape import Tape, leaves
 from llmprune.trial import Trial, freeze_failures
+from llmprune.wrapped import check_unpacked, on_uncompiled
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +27,20 @@ OTHER_FORM = {"sdpa": "eager", "eager": "sdpa"}
 """The form of attention to look at besides a model's own: the two read different attributes of the same modules."""
 
 
+@on_uncompiled
 def trace(model: nn.Module, inputs: Any = None) -> Graph:
     """Find out which slices of which tensors of ``model`` live and die together.
 
     Runs the forward pass once, on the meta device where that will do, and changes nothing about the model.
 
     Args:
-        model: any module whose forward pass is made of torch operations; on any device, meta included.
+        model: any module whose forward pass is made of torch operations; on any device, meta included. Compiled parts
+            run eagerly, hooks that are not torch's own are left out.
         inputs: keyword arguments for ``model.forward`` (tensors of any device); None: made from the model's config.
 
     Raises:
         TraceError: the model cannot be traced; says at which operation, module and line.
-        InputError: the inputs do not fit, or none could be made.
+        InputError: the inputs do not fit, or none could be made; or the weights are packed.
     """
     keywords = bind_inputs(model, inputs)
     with no_collection():
@@ -69,6 +72,7 @@ def _try_cuts(model: nn.Module, inputs: dict[str, Any], graph: Graph, excerpt: E
             graph.freeze(axis, reason)
 
 
+@on_uncompiled
 def record(
     model: nn.Module, inputs: Any = None, *, device_mode: str = "auto", attention: str | None = None
 ) -> Tape:
@@ -119,6 +123,7 @@ def bind_inputs(model: nn.Module, inputs: Any) -> dict[str, Any]:
         raise InputError(
             f"the model is a {type(model).__name__}: give a torch.nn.Module (from_pretrained makes one)"
         )
+    check_unpacked(model)
     signature = inspect.signature(model.forward)
     names = [
         name

@@ -93,7 +93,7 @@ class Trial:
         try:
             tape = Recording(self.model, inputs, setup).run()
         except TraceError as error:
-            return str(error.__cause__ or error)
+            return f"{error.__cause__ or error} ({getattr(error, 'place', 'before any operation')})"
         got = [tape.tensors[tensor][0] for tensor in tape.outputs]
         return None if got == shapes else f"its outputs have shapes {got} instead of {shapes}"
 

@@ -27,6 +27,7 @@ from llmprune.errors import InputError, LlmpruneError, VerificationError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.layers import renamed
 from llmprune.masked_ops import KeptPositions, kept_positions
+from llmprune.wrapped import check_present, on_uncompiled, without_hooks
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Verification:
         return {**asdict(self), "outputs": list(self.outputs)}
 
 
+@on_uncompiled
 def verify(
     model: nn.Module,
     plan: Any,
@@ -120,6 +122,7 @@ def compare(
         inputs: as for :func:`verify`.
         pruned: gives the pruned model that belongs to the original (or to its widened copy, in the copy's dtype).
     """
+    check_present(model)
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise InputError("a model on the meta device has no values to verify: load its weights")
     if inputs is None:
@@ -150,7 +153,7 @@ def _compare_in(
     batches = _batches(inputs)
     compared = masked = 0
     counts: dict[str, int] = {}
-    with evaluating(model), evaluating(twin), torch.no_grad():
+    with evaluating(model), evaluating(twin), without_hooks(model), without_hooks(twin), torch.no_grad():
         for number, batch in enumerate(batches):
             with _masked(model, plan):
                 try:

@@ -510,11 +510,11 @@ lp_rule lp_rule_between(const lp_tensor *a, const lp_tensor *b)
 /* ---- build -------------------------------------------------------------------------------------------------------- */
 
 /* A tensor the tape did not make: a parameter, a buffer, an input or a constant. */
-static lp_status adopt(lp_graph *graph, lp_tensor *tensor, lp_error *err)
+static lp_status adopt(lp_graph *graph, lp_tensor *tensor, uint32_t op, lp_error *err)
 {
     lp_axes *axes = &graph->axes;
 
-    axes->op = LP_NO_OP;
+    axes->op = op;
     axes->quiet = false;
     for (uint32_t d = 0; d < tensor->ndim; d++) {
         tensor->dims[d] = LP_EMPTY;
@@ -535,13 +535,14 @@ static lp_status adopt(lp_graph *graph, lp_tensor *tensor, lp_error *err)
 /* What the inputs of an operation make of its outputs: a weight when they are weights, whatever integers address it. */
 typedef struct {
     bool weight, value;
+    uint32_t op; /* the operation */
 } lp_origin;
 
 static lp_status adopt_input(lp_graph *graph, lp_tensor *tensor, void *context, lp_error *err)
 {
     lp_origin *origin = context;
     if (!tensor->known)
-        LP_TRY(adopt(graph, tensor, err));
+        LP_TRY(adopt(graph, tensor, origin->op, err));
     if (tensor->weight)
         origin->weight = true;
     else if (!tensor->integral)
@@ -613,7 +614,7 @@ static lp_status freeze_numbered(lp_graph *graph, lp_tensor *tensor, void *conte
 static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
 {
     lp_graph *graph = run->graph;
-    lp_origin origin = {false, false};
+    lp_origin origin = {false, false, op->index};
     bool empty = false, full = false, weight;
 
     LP_TRY(visit_inputs(graph, op, adopt_input, &origin, err));
@@ -650,6 +651,16 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
     return LP_OK;
 }
 
+/* The last operation that gave a tensor; LP_NO_OP for one that none did. */
+static uint32_t maker_of(const lp_graph *graph, int64_t tensor)
+{
+    for (size_t i = graph->op_count; i-- > 0;)
+        for (uint32_t o = 0; o < graph->ops[i].output_count; o++)
+            if (graph->output_ids[graph->ops[i].outputs + o] == tensor)
+                return (uint32_t)i;
+    return LP_NO_OP;
+}
+
 lp_status lp_graph_build(lp_graph *graph, lp_error *err)
 {
     lp_run run = {graph, &graph->axes};
@@ -659,10 +670,12 @@ lp_status lp_graph_build(lp_graph *graph, lp_error *err)
     LP_TRY(find_live(graph, err));
     for (size_t i = 0; i < graph->op_count; i++)
         LP_TRY(run_op(&run, &graph->ops[i], err));
-    graph->axes.op = LP_NO_OP;
     graph->axes.quiet = false;
-    for (size_t i = 0; i < graph->result_count; i++)
+    for (size_t i = 0; i < graph->result_count; i++) {
+        graph->axes.op = maker_of(graph, graph->results[i]);
         LP_TRY(lp_freeze_tensor(&run, &graph->tensors[graph->results[i]], LP_REASON_OUTPUT, err));
+    }
+    graph->axes.op = LP_NO_OP;
     LP_TRY(lp_graph_find_remains(graph, err));
     graph->built = true;
     return lp_graph_collect(graph, err);
