@@ -129,6 +129,12 @@ lp_status lp_op_macs(lp_graph *graph, const lp_op *op, int64_t *out, lp_error *e
  * something does not (vanish.c). */
 uint8_t lp_vanish_find(const char *name, lp_rule_fn rule, uint8_t detail);
 lp_status lp_graph_find_remains(lp_graph *graph, lp_error *err);
+/* Number the storages and set `live` on what the outputs depend on (liveness.c). */
+lp_status lp_graph_find_live(lp_graph *graph, lp_error *err);
+typedef lp_status (*lp_tensor_visit)(lp_graph *graph, lp_tensor *tensor, void *context, lp_error *err);
+/* Every tensor among the operation's arguments, in order. */
+lp_status lp_visit_inputs(lp_graph *graph, const lp_op *op, lp_tensor_visit visit, void *context,
+                          lp_error *err);
 /* Gather the axes once the tape has run (groups.c). */
 lp_status lp_graph_collect(lp_graph *graph, lp_error *err);
 uint32_t lp_tensor_id(const lp_graph *graph, const lp_tensor *tensor);

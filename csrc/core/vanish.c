@@ -79,6 +79,8 @@ uint8_t lp_vanish_find(const char *name, lp_rule_fn rule, uint8_t detail)
         return FIRST;
     if (rule == lp_rule_triangular)
         return SECOND;
+    if (rule == lp_rule_weight_norm)
+        return FACTOR;
     if (rule == lp_rule_view || rule == lp_rule_squeeze || rule == lp_rule_permute ||
         rule == lp_rule_expand || rule == lp_rule_repeat || rule == lp_rule_cat || rule == lp_rule_stack ||
         rule == lp_rule_pad || rule == lp_rule_slice || rule == lp_rule_pieces || rule == lp_rule_select ||

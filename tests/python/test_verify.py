@@ -125,13 +125,13 @@ def test_an_interrupted_or_failing_forward_restores_the_weights() -> None:
     plan = llama_plan(model, FFN_CUT, HEAD_CUT)
     for error in (KeyboardInterrupt, RuntimeError):
 
-        def stop(*_: Any, error: type[BaseException] = error) -> None:
-            raise error
+        def stop(*_: Any, raised: type[BaseException] = error, **__: Any) -> None:
+            raise raised
 
-        handle = model.model.layers[1].register_forward_pre_hook(stop)
+        model.model.layers[1].forward = stop
         with pytest.raises(error):
             verify(model, plan, batch())
-        handle.remove()
+        del model.model.layers[1].forward
         assert unchanged(model, before)
 
 
