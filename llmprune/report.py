@@ -79,7 +79,12 @@ def render(report: Report) -> str:
         prompt, first, last = report.generation
         parts.append(f"before: {prompt}{first}\nafter:  {prompt}{last}")
     verified = "not verified" if report.verification is None else f"verified: {report.verification}"
-    closing = [*report.notes, *unknown(report.unknown_operations), *([] if report.repair is None else [str(report.repair)]), verified]
+    closing = [
+        *report.notes,
+        *unknown(report.unknown_operations),
+        *([] if report.repair is None else [str(report.repair)]),
+        verified,
+    ]
     if report.output is not None:
         closing.append(f"checkpoint: {report.output} ({report.form} form)")
         if report.reason:
