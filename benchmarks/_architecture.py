@@ -10,9 +10,9 @@ of llmprune.verify stands in.
 from __future__ import annotations
 
 import copy
+import json
+import multiprocessing
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _reload import answer_all
 from tiny import Recipe, build
 from torch import nn
 
@@ -36,10 +37,14 @@ TOLERANCE = 1e-5
 EVERYTHING = ("head", "query", "ffn")
 """Kinds of which a quarter goes at once."""
 
+STOCK_KINDS = ("head", "query", "ffn", "expert", "channel")
+"""Kinds tried in stock form."""
+
 RELOAD_LIMIT = 240
 """Seconds for loading every folder of one architecture again."""
 
-RELOAD = Path(__file__).with_name("_reload.py")
+FORKS = multiprocessing.get_context("forkserver")
+"""Forks of one server (architectures.py) that never imported llmprune."""
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -223,7 +228,7 @@ class Examination:
             jobs: list[dict[str, Any]] = []
             if self.plan is not None:
                 self.save(jobs, Path(folder), "universal", self.plan)
-            for kind in sorted(self.row["axes"]):
+            for kind in (kind for kind in STOCK_KINDS if kind in self.row["axes"]):
                 plan = self.uniform(kind)
                 if plan is None:
                     self.row["stock"][kind] = "no plan of uniform counts closes"
@@ -231,6 +236,9 @@ class Examination:
                 try:
                     self.save(jobs, Path(folder), kind, plan)
                     self.row["stock"][kind] = "yes"
+                    del jobs[
+                        2:
+                    ]  # one of each form is read in the other process; saving has read this one already
                 except CheckpointError as error:
                     self.row["stock"][kind] = " ".join(str(error).split())
                 self.tell()
@@ -318,23 +326,21 @@ class Examination:
                 },
                 file,
             )
-            run = subprocess.run(
-                [sys.executable, str(RELOAD), str(file)],
-                capture_output=True,
-                text=True,
-                check=False,
-                cwd=folder,
-            )
-        lines = [line.split("\t") for line in run.stdout.splitlines() if line.count("\t") == 1]
-        for name, answer in lines:
-            self.row["reload"][name] = answer
-            if not _is_small(answer):
-                self.failures.append(f"reload of {name}: {answer}")
+            answers = Path(folder) / "answers.json"
+            start = time.perf_counter()
+            process = FORKS.Process(target=answer_all, args=(str(file), str(answers)))
+            process.start()
+            process.join(RELOAD_LIMIT)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            self.row["seconds"]["reload"] = round(time.perf_counter() - start, 2)
+            said = json.loads(answers.read_text(encoding="utf-8")) if answers.exists() else {}
         for job in jobs:
-            if job["name"] not in self.row["reload"]:
-                last = (run.stderr.strip().splitlines() or ["no answer"])[-1]
-                self.row["reload"][job["name"]] = last[:200]
-                self.failures.append(f"reload of {job['name']}: {last[:200]}")
+            answer = said.get(job["name"], f"the process that loads it ended with status {process.exitcode}")
+            self.row["reload"][job["name"]] = answer
+            if not _is_small(answer):
+                self.failures.append(f"reload of {job['name']}: {answer}")
 
 
 def _is_small(answer: str) -> bool:

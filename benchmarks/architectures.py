@@ -35,18 +35,17 @@ TIME_LIMIT = 420
 WANTED = 120
 """Classes to try at least."""
 
-FORKS = multiprocessing.get_context(
-    "forkserver"
-)  # a server that imported everything once; it forks for each recipe
+FORKS = multiprocessing.get_context("forkserver")
+"""A server that imported the framework once, and never llmprune; it forks for each recipe and for each reload."""
 FORKS.set_forkserver_preload(
-    ["llmprune.checkpoint", "llmprune.trace", "transformers.models.llama.modeling_llama", "torch._dynamo"]
+    ["transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "torch._dynamo"]
 )
 
 
 def sources() -> str:
-    """Identifies everything a row depends on."""
+    """Identifies everything rows depend on, but for the recipes."""
     digest = hashlib.sha256()
-    files = [*ROOT.glob("llmprune/*.py"), *ROOT.glob("csrc/**/*.[ch]"), *ROOT.glob("benchmarks/tiny/*.py"),
+    files = [*ROOT.glob("llmprune/*.py"), *ROOT.glob("csrc/**/*.[ch]"), ROOT / "benchmarks/tiny/recipe.py",
              *(ROOT / "benchmarks" / name for name in ("_architecture.py", "_reload.py"))]  # fmt: skip
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -92,7 +91,7 @@ def apart(recipe: Recipe, args: argparse.Namespace, known: str) -> dict[str, Any
     file = CACHE / f"{recipe.name}.{attention}{'.quick' if args.quick else ''}.json"
     if file.exists() and not args.again:
         row: dict[str, Any] = json.loads(file.read_text())
-        if row.get("sources") == known:
+        if args.stale or row.get("sources") == known:
             return row
     file.unlink(missing_ok=True)
     start, trouble = time.perf_counter(), ""
@@ -196,8 +195,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "reference.",
         f"- prunable axes by kind: {', '.join(f'{kind} {axes[kind]}' for kind in ORDER if axes[kind])}.",
         "- *equality*: equal axes of all prunable ones, and the largest error relative to the largest output.",
-        "- *stock kinds*: kinds that, removed alone in equal numbers, save as a checkpoint the stock class loads; "
-        "everything saves in the universal form.",
+        "- *stock kinds*: which of head, query, ffn, expert and channel, removed alone in equal numbers, save as a "
+        "checkpoint the stock class loads; everything saves in the universal form.",
         "- *universal*: largest relative error of the universal form, reloaded in a process without llmprune.",
         "- *seconds*: of the trace, and of all checks together, on one thread of a shared machine.",
         "",
@@ -273,6 +272,9 @@ def main() -> int:
         "--quick", action="store_true", help="equality only, no checkpoints; the page is not written"
     )
     parser.add_argument("--again", action="store_true", help="do not use rows of earlier runs")
+    parser.add_argument(
+        "--stale", action="store_true", help="use rows of earlier runs whatever changed since"
+    )
     parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds for one recipe")
     args = parser.parse_args()
     found = recipes()

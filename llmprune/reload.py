@@ -70,7 +70,7 @@ def stated(model: Any, config: Any, kind: type[Any]) -> Any:
     """A copy of ``config`` that names the class and the dtype of the model's weights."""
     config = copy.deepcopy(config)
     config.architectures = [kind.__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = model.dtype
     return config
 
 

@@ -25,12 +25,33 @@ static lp_status freeze_through(lp_run *run, const lp_op *op, const lp_tensor *i
     return LP_OK;
 }
 
+/* The dimensions from..until of the input become as many elements of the output's, at..end; where no axes can say how
+ * (the borders of a padded sequence cut into chunks), these and no others freeze. */
+static lp_status regroup(lp_run *run, const lp_tensor *input, size_t from, size_t until, const lp_tensor *out,
+                         size_t at, size_t end, lp_expr *dims, lp_error *err)
+{
+    lp_expr whole = LP_EMPTY;
+    bool aligned;
+
+    for (size_t d = from; d < until; d++)
+        LP_TRY(lp_axes_concat(run->axes, whole, input->dims[d], &whole, err));
+    LP_TRY(lp_axes_split(run->axes, whole, out->sizes + at, end - at, dims + at, &aligned, err));
+    if (aligned)
+        return LP_OK;
+    LP_TRY(lp_axes_note(run->axes, whole, LP_REASON_MISALIGNED, err));
+    for (size_t d = at; d < end; d++) {
+        LP_TRY(lp_axes_fresh(run->axes, out->sizes[d], &dims[d], err));
+        LP_TRY(lp_axes_note(run->axes, dims[d], LP_REASON_MISALIGNED, err));
+    }
+    return LP_OK;
+}
+
 lp_status lp_rule_view(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr whole = LP_EMPTY, dims[LP_MAX_DIMS] = {{0, 0}};
+    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
     int64_t before = 1, after = 1;
-    bool aligned;
+    size_t i = 0, o = 0;
 
     if (input == NULL || out == NULL)
         return lp_rule_unknown(run, op, err);
@@ -40,11 +61,20 @@ lp_status lp_rule_view(lp_run *run, const lp_op *op, lp_error *err)
         after *= out->sizes[d];
     if (before != after) /* a view under another element size */
         return freeze_through(run, op, input, LP_REASON_MISALIGNED, err);
-    for (size_t d = 0; d < input->ndim; d++)
-        LP_TRY(lp_axes_concat(run->axes, whole, input->dims[d], &whole, err));
-    LP_TRY(lp_axes_split(run->axes, whole, out->sizes, out->ndim, dims, &aligned, err));
-    if (!aligned)
-        return freeze_through(run, op, input, LP_REASON_MISALIGNED, err);
+    if (before == 0)
+        return lp_set_fresh(run, op, 0, LP_REASON_CONSTANT, err);
+    while (i < input->ndim ||
+           o < out->ndim) { /* the shortest runs of dimensions that hold as many elements */
+        size_t from = i, at = o;
+        before = i < input->ndim ? input->sizes[i++] : 1;
+        after = o < out->ndim ? out->sizes[o++] : 1;
+        while (before != after)
+            if (before < after ? i < input->ndim : o == out->ndim)
+                before *= input->sizes[i++];
+            else
+                after *= out->sizes[o++];
+        LP_TRY(regroup(run, input, from, i, out, at, o, dims, err));
+    }
     keep_values(input, out);
     return lp_set_output(run, op, 0, dims, err);
 }

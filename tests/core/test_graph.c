@@ -224,6 +224,27 @@ static void test_attention_with_an_empty_logsumexp(void)
     end();
 }
 
+/* A sequence padded from 7 to 8 and cut into 2 chunks of 4, as state space models do: 7 + 1 has no such factors, but the
+ * heads beside it are whole. */
+static void test_a_view_that_does_not_align_freezes_no_other_dimension(void)
+{
+    int64_t w, wo, x, h, y;
+
+    begin();
+    x = tape_input(&t, SHAPE(1, 7, 5)), w = tape_parameter(&t, SHAPE(12, 5));
+    h = tape_op(&t, "linear", ARGS(T(x), T(w), NO), SHAPE(1, 7, 12));
+    h = tape_op(&t, "view", ARGS(T(h), IS(1, 7, 3, 4)), SHAPE(1, 7, 3, 4));
+    h = tape_op(&t, "constant_pad_nd", ARGS(T(h), IS(0, 0, 0, 0, 0, 1), I(0)), SHAPE(1, 8, 3, 4));
+    h = tape_op(&t, "view", ARGS(T(h), IS(1, 2, 4, 3, 4)), SHAPE(1, 2, 4, 3, 4));
+    h = tape_op(&t, "view", ARGS(T(h), IS(8, 12)), SHAPE(8, 12));
+    y = consume(h, 8, 12, &wo);
+    if (build(y)) {
+        CHECK(prunable(w, 0, 0) && prunable(w, 0, 1), "heads and their width");
+        CHECK(same(w, 0, 0, wo, 1, 0) && same(w, 0, 1, wo, 1, 1), "and they arrive");
+    }
+    end();
+}
+
 static void test_views_and_permutations(void)
 {
     int64_t w, out, h, y;
@@ -544,6 +565,7 @@ int main(void)
     test_attention();
     test_attention_with_an_empty_logsumexp();
     test_views_and_permutations();
+    test_a_view_that_does_not_align_freezes_no_other_dimension();
     test_expand_and_repeat();
     test_latents_of_a_resampler();
     test_cat_stack_pad();
