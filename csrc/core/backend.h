@@ -1,15 +1,18 @@
 /* The operation table: everything llmprune computes on tensor memory, as a versioned struct of function pointers.
  *
- * A backend (csrc/kernels/cpu, later csrc/kernels/cuda) fills one constant table per instruction set or device; the
+ * A backend (csrc/kernels/cpu, csrc/kernels/cuda) fills one constant table per instruction set or device; the
  * binding checks `version` and calls through it.  Nothing here knows of Python, graphs or models.
  *
  * Conventions for every operation
  *   - Tensors are row-major ("C order"); dimension 0 is the outermost.  Pointers need only the alignment of one element.
  *   - Inputs are const and may overlap each other, never an output.  Nothing is kept after the call returns.
  *   - Scratch comes from exec->allocator and is given back before the call returns; each operation states its bound.
+ *     On a device every pointer to tensors, sums and scratch is a device pointer, the scratch is exec->scratch, and the
+ *     call returns when its work is queued on exec->stream: whoever lent the memory keeps it until that work is done.
  *   - Results depend on the table chosen but never on the number of threads: the order of every sum is fixed.
  *   - Failure codes: LP_ERR_ARGUMENT (a size, dtype or pointer outside the stated domain), LP_ERR_OVERFLOW (a size that
- *     does not fit), LP_ERR_NOMEM (scratch refused).  A failing call has written nothing to its outputs.
+ *     does not fit), LP_ERR_NOMEM (scratch refused), LP_ERR_DEVICE (the device refused or failed).  A failing call has
+ *     written nothing to its outputs, except where a device fails in the middle of its work.
  */
 #ifndef LP_CORE_BACKEND_H
 #define LP_CORE_BACKEND_H
@@ -17,7 +20,7 @@
 #include "core/status.h"
 
 /* Raised by one whenever a member below changes its meaning or place. */
-#define LP_BACKEND_VERSION 1u
+#define LP_BACKEND_VERSION 2u
 
 /* Most dimensions a tensor may have in tensor_scores, compact and compact_into. */
 #define LP_MAX_DIMS 8
@@ -29,7 +32,10 @@ typedef enum { LP_F32 = 0, LP_F64, LP_F16, LP_BF16 } lp_dtype;
 typedef struct {
     lp_allocator allocator; /* host scratch; called on the caller's thread only */
     int threads;  /* most CPU threads to use, the caller's included; 0: as many as the machine has online */
-    void *stream; /* CUDA stream; NULL on the CPU */
+    void *stream;         /* CUDA stream; NULL is the legacy default one.  Unused on the CPU, like what follows */
+    void *context;        /* what the device's backend keeps for the device (kernels/cuda/cuda.h) */
+    void *scratch;        /* device memory, aligned to 256 bytes */
+    size_t scratch_bytes; /* more than an operation's least only makes it faster */
 } lp_exec;
 
 /* One linear layer's weight and what streamed past it: y = x W^T. */
@@ -82,7 +88,7 @@ typedef struct {
      *     row[o] += sum_i e[o, i]        row (out), float64
      *     col[i] += sum_o e[o, i]        col (in),  float64
      * F32, BF16 and F16 compute in float32, F64 in float64; sums over tiles are float64.
-     * Scratch: at most 1 MiB a thread (2 for F64) and 16 float64 per row and column. */
+     * Scratch: at most 1 MiB a thread (2 for F64) and 16 float64 per row and column; on a device at least 64 KiB. */
     lp_status (*linear_scores)(const lp_linear *linear, double *row, double *col, const lp_exec *exec,
                                lp_error *err);
 

@@ -19,6 +19,7 @@ typedef enum {
     LP_ERR_TRACE,       /* a tape that does not describe a forward pass */
     LP_ERR_PLAN,        /* a removal that cannot be carried out */
     LP_ERR_TENSOR,      /* a tensor of the wrong type, device, layout or mutability */
+    LP_ERR_DEVICE,      /* an accelerator that is missing, unsupported, busy or failing */
     LP_ERR_INTERNAL     /* an invariant of ours broke: a bug to report */
 } lp_status;
 

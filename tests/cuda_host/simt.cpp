@@ -1,0 +1,448 @@
+/* Kernels run on the CPU: fibers, warps and the instructions on them; see cuda_runtime.h. */
+#include "cuda_runtime.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace {
+
+enum { STACK = 128 * 1024 };
+
+/* What the lanes of a warp meet in. */
+enum meeting { NOTHING, SHUFFLE, LOAD, MULTIPLY };
+
+struct lane_input {
+    meeting what;
+    double value;
+    unsigned step;
+    const unsigned char *row;
+    const uint32_t *a;
+    uint32_t b[2];
+    float *c;
+    bool brain;
+};
+
+struct warp_state {
+    unsigned arrived = 0;
+    uint64_t generation = 0;
+    lane_input input[32];
+    double value[32];
+    uint32_t words[32][4];
+    float sums[32][4];
+};
+
+struct copy {
+    unsigned char *to;
+    unsigned char bytes[16];
+};
+
+/* One stack's place of execution.  swapcontext would ask the kernel for the signal mask at every switch, of which there are
+ * millions, so x86-64 has a switch of its own. */
+#if defined(__x86_64__)
+struct place {
+    void *stack_pointer;
+};
+
+extern "C" void simt_switch(place *from, const place *to);
+asm(".text\n"
+    ".type simt_switch, @function\n"
+    "simt_switch:\n"
+    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+    "    movq %rsp, (%rdi)\n"
+    "    movq (%rsi), %rsp\n"
+    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+    "    ret\n"
+    ".size simt_switch, . - simt_switch\n");
+
+void prepare(place *p, unsigned char *stack, size_t bytes, void (*entry)())
+{
+    void **top = (void **)(((uintptr_t)stack + bytes) & ~(uintptr_t)15);
+
+    *--top = NULL; /* the return address of entry, which never returns; keeps the stack aligned as calls do */
+    *--top = (void *)entry;
+    for (int i = 0; i < 6; i++)
+        *--top = NULL;
+    p->stack_pointer = top;
+}
+#else
+typedef ucontext_t place;
+
+void simt_switch(place *from, const place *to)
+{
+    swapcontext(from, to);
+}
+
+void prepare(place *p, unsigned char *stack, size_t bytes, void (*entry)())
+{
+    getcontext(p);
+    p->uc_stack.ss_sp = stack;
+    p->uc_stack.ss_size = bytes;
+    p->uc_link = NULL;
+    makecontext(p, entry, 0);
+}
+#endif
+
+struct fiber {
+    place context;
+    std::unique_ptr<unsigned char[]> stack;
+    dim3 index;
+    bool finished;
+    std::vector<std::vector<copy>> copies; /* committed groups, oldest first; the last is open */
+};
+
+std::vector<fiber> fibers;
+std::vector<warp_state> warps;
+std::vector<unsigned char> shared_memory;
+fiber *current;
+place scheduler;
+const std::function<void()> *running;
+unsigned barrier_arrived;
+uint64_t barrier_generation, progress;
+std::mt19937_64 dice(12345);
+
+[[noreturn]] void give_up(const char *why)
+{
+    fprintf(stderr, "simt: %s (block %u, %u; thread %u)\n", why, blockIdx.x, blockIdx.y,
+            current != NULL ? current->index.x : 0);
+    exit(1);
+}
+
+void yield()
+{
+    fiber *mine = current;
+
+    simt_switch(&mine->context, &scheduler);
+}
+
+void run_fiber()
+{
+    (*running)();
+    for (const std::vector<copy> &group : current->copies)
+        if (!group.empty())
+            give_up("a thread ended with copies under way");
+    current->finished = true;
+    ++progress;
+    simt_switch(&current->context, &scheduler);
+}
+
+uint16_t half_at(const unsigned char *row, unsigned i)
+{
+    uint16_t bits;
+
+    memcpy(&bits, row + 2 * i, 2);
+    return bits;
+}
+
+float value_of(uint16_t bits, bool brain)
+{
+    unsigned exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
+    double magnitude;
+
+    if (brain)
+        return __uint_as_float((uint32_t)bits << 16);
+    if (exponent == 31)
+        magnitude = mantissa != 0 ? NAN : INFINITY;
+    else
+        magnitude = exponent == 0 ? ldexp(mantissa, -24) : ldexp(1024 + mantissa, (int)exponent - 25);
+    return (float)(bits & 0x8000u ? -magnitude : magnitude);
+}
+
+/* PTX ISA, "Warp-level matrix load instruction: ldmatrix", .x4 with .trans. */
+void load_matrices(warp_state &warp)
+{
+    for (unsigned lane = 0; lane < 32; lane++)
+        for (unsigned matrix = 0; matrix < 4; matrix++) {
+            unsigned row = lane % 4 * 2, column = lane / 4;
+            uint32_t low = half_at(warp.input[matrix * 8 + row].row, column);
+            uint32_t high = half_at(warp.input[matrix * 8 + row + 1].row, column);
+
+            warp.words[lane][matrix] = low | high << 16;
+        }
+}
+
+/* PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type". */
+void multiply_matrices(warp_state &warp)
+{
+    float a[16][16], b[16][8];
+
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const lane_input &in = warp.input[lane];
+        unsigned group = lane / 4, pair = lane % 4 * 2;
+
+        for (unsigned i = 0; i < 8; i++) {
+            unsigned row = i < 2 || (i >= 4 && i < 6) ? group : group + 8, column = pair + (i & 1) + (i >= 4 ? 8 : 0);
+
+            a[row][column] = value_of((uint16_t)(in.a[i / 2] >> 16 * (i & 1)), in.brain);
+        }
+        for (unsigned i = 0; i < 4; i++)
+            b[pair + (i & 1) + (i >= 2 ? 8 : 0)][group] = value_of((uint16_t)(in.b[i / 2] >> 16 * (i & 1)), in.brain);
+    }
+    for (unsigned lane = 0; lane < 32; lane++)
+        for (unsigned i = 0; i < 4; i++) {
+            unsigned row = i < 2 ? lane / 4 : lane / 4 + 8, column = lane % 4 * 2 + (i & 1);
+            double sum = warp.input[lane].c[i];
+
+            for (unsigned k = 0; k < 16; k++)
+                sum += (double)a[row][k] * b[k][column];
+            warp.sums[lane][i] = (float)sum;
+        }
+}
+
+/* Meet the other lanes: the last one to come does the work. */
+warp_state &meet(const lane_input &input)
+{
+    warp_state &warp = warps[current->index.x / 32];
+    uint64_t generation = warp.generation;
+
+    warp.input[current->index.x % 32] = input;
+    if (++warp.arrived < 32) {
+        while (warp.generation == generation)
+            yield();
+        return warp;
+    }
+    for (unsigned lane = 0; lane < 32; lane++)
+        if (warp.input[lane].what != input.what || warp.input[lane].step != input.step)
+            give_up("the lanes of a warp met in different instructions");
+    if (input.what == SHUFFLE)
+        for (unsigned lane = 0; lane < 32; lane++)
+            warp.value[lane] = warp.input[lane ^ input.step].value;
+    else if (input.what == LOAD)
+        load_matrices(warp);
+    else
+        multiply_matrices(warp);
+    warp.arrived = 0;
+    ++warp.generation;
+    ++progress;
+    return warp;
+}
+
+void run_block(unsigned threads, size_t shared)
+{
+    warps.assign(threads / 32, warp_state());
+    shared_memory.assign(shared + 128, 0xff);
+    barrier_arrived = 0;
+    for (unsigned t = 0; t < threads; t++) {
+        fiber &f = fibers[t];
+
+        if (f.stack == NULL)
+            f.stack.reset(new unsigned char[STACK]);
+        f.index = dim3(t);
+        f.finished = false;
+        f.copies.assign(1, {});
+        prepare(&f.context, f.stack.get(), STACK, run_fiber);
+    }
+    for (unsigned left = threads; left > 0;) {
+        unsigned start = (unsigned)(dice() % threads), step = dice() % 2 ? 1 : threads - 1;
+        uint64_t before = progress;
+
+        for (unsigned i = 0; i < threads; i++) {
+            fiber &f = fibers[(start + i * step) % threads];
+
+            if (f.finished)
+                continue;
+            current = &f;
+            simt_switch(&scheduler, &f.context);
+            left -= f.finished;
+        }
+        if (progress == before)
+            give_up("the threads of a block wait for each other in vain");
+    }
+    current = NULL;
+}
+
+} // namespace
+
+dim3 gridDim, blockDim, blockIdx;
+simt_device_state simt_device = {1, 9, 0, 3, cudaSuccess, false, 0};
+
+const dim3 &simt_thread_index()
+{
+    return current->index;
+}
+
+unsigned char *simt_shared()
+{
+    return (unsigned char *)(((uintptr_t)shared_memory.data() + 127) & ~(uintptr_t)127);
+}
+
+void simt_launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()> &kernel)
+{
+    std::vector<uint64_t> order((size_t)blocks.x * blocks.y);
+
+    if (order.empty() || blocks.y > 65535 || threads % 32 != 0)
+        give_up("a launch with impossible dimensions");
+    ++simt_device.launches;
+    for (size_t i = 0; i < order.size(); i++)
+        order[i] = i;
+    std::shuffle(order.begin(), order.end(), dice);
+    if (fibers.size() < threads)
+        fibers.resize(threads);
+    gridDim = blocks;
+    blockDim = dim3(threads);
+    running = &kernel;
+    for (uint64_t block : order) {
+        blockIdx = dim3((unsigned)(block % blocks.x), (unsigned)(block / blocks.x));
+        run_block(threads, shared);
+    }
+}
+
+void __syncthreads()
+{
+    uint64_t generation = barrier_generation;
+
+    if (++barrier_arrived == blockDim.x) {
+        barrier_arrived = 0;
+        ++barrier_generation;
+        ++progress;
+        return;
+    }
+    while (barrier_generation == generation)
+        yield();
+}
+
+double simt_shuffle_xor(double value, unsigned step)
+{
+    lane_input input = {};
+
+    input.what = SHUFFLE;
+    input.value = value;
+    input.step = step;
+    return meet(input).value[current->index.x % 32];
+}
+
+void lp_copy16(unsigned char *shared, const void *global, unsigned valid)
+{
+    copy c = {shared, {}};
+
+    if ((uintptr_t)shared % 16 != 0 || (uintptr_t)global % 16 != 0 || valid > 16)
+        give_up("an asynchronous copy that is not aligned");
+    if (valid > 0)
+        memcpy(c.bytes, global, valid);
+    current->copies.back().push_back(c);
+    memset(shared, 0xff, 16); /* until it is waited for */
+}
+
+void lp_copy_commit()
+{
+    current->copies.push_back({});
+}
+
+void simt_copy_wait(unsigned pending)
+{
+    std::vector<std::vector<copy>> &groups = current->copies;
+
+    while (groups.size() - 1 > pending) {
+        for (const copy &c : groups.front())
+            memcpy(c.to, c.bytes, 16);
+        groups.erase(groups.begin());
+    }
+}
+
+void lp_load_transposed(uint32_t (&fragment)[4], const unsigned char *row)
+{
+    lane_input input = {};
+
+    if ((uintptr_t)row % 16 != 0)
+        give_up("a matrix row that is not aligned");
+    input.what = LOAD;
+    input.row = row;
+    memcpy(fragment, meet(input).words[current->index.x % 32], sizeof fragment);
+}
+
+void simt_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool brain)
+{
+    lane_input input = {};
+
+    input.what = MULTIPLY;
+    input.a = a;
+    input.b[0] = b0;
+    input.b[1] = b1;
+    input.c = c;
+    input.brain = brain;
+    memcpy(c, meet(input).sums[current->index.x % 32], sizeof c);
+}
+
+/* --- the runtime ---------------------------------------------------------------------------------------------------- */
+
+static int device_now;
+static cudaError_t last_error;
+
+static cudaError_t outcome(void)
+{
+    cudaError_t error = simt_device.fail;
+
+    simt_device.fail = cudaSuccess;
+    last_error = error;
+    return error;
+}
+
+extern "C" cudaError_t cudaGetDevice(int *device)
+{
+    *device = device_now;
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaSetDevice(int device)
+{
+    device_now = device;
+    return outcome();
+}
+
+extern "C" cudaError_t cudaGetDeviceCount(int *count)
+{
+    *count = simt_device.devices;
+    return outcome();
+}
+
+extern "C" cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
+{
+    *value = attribute == cudaDevAttrComputeCapabilityMajor   ? simt_device.major
+             : attribute == cudaDevAttrComputeCapabilityMinor ? simt_device.minor
+                                                              : simt_device.processors;
+    return outcome();
+}
+
+extern "C" cudaError_t cudaGetLastError(void)
+{
+    cudaError_t error = last_error;
+
+    last_error = cudaSuccess;
+    return error;
+}
+
+extern "C" const char *cudaGetErrorName(cudaError_t error)
+{
+    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
+           : error == cudaErrorNoDevice       ? "cudaErrorNoDevice"
+           : error == cudaErrorInvalidDevice  ? "cudaErrorInvalidDevice"
+                                              : "cudaSuccess";
+}
+
+extern "C" const char *cudaGetErrorString(cudaError_t)
+{
+    return "as the test wished";
+}
+
+extern "C" cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus *status)
+{
+    *status = simt_device.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t bytes, int, cudaStream_t)
+{
+    cudaError_t error = outcome();
+
+    if (error == cudaSuccess)
+        memcpy(target, source, bytes);
+    return error;
+}
