@@ -10,9 +10,11 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_NUM_THREADS ?= 2
 
 PY_SOURCES := setup.py llmprune tests $(wildcard demo benchmarks)
-C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/binding/*.[ch] tests/core/*.[ch] tests/kernels/*.[ch])
+C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/cuda/*.[ch] csrc/binding/*.[ch] \
+                         csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch])
+CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench architectures clean
+.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench architectures cuda cuda-test clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -23,6 +25,8 @@ help:
 	@echo "make pytest    the Python tests (ARGS=... goes to pytest)"
 	@echo "make bench     every benchmark; results in benchmarks/results"
 	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
+	@echo "make cuda      build the CUDA kernels for every target, without a GPU; skipped where there is no nvcc"
+	@echo "make cuda-test on a machine with a GPU: build with its own Python and toolkit, test, and run the sanitizers"
 	@echo "make clean     remove what was built, but not .venv"
 
 # --- environment and extension --------------------------------------------------------------------------------------
@@ -33,12 +37,12 @@ EXTENSION := $(VENV)/.extension
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing llmprune and what its tests need into $(VENV)"
-	LLMPRUNE_WERROR=1 $(BIN)/pip install --quiet -c constraints.txt torch -e ".[test]"
+	LLMPRUNE_CUDA=0 LLMPRUNE_WERROR=1 $(BIN)/pip install --quiet -c constraints.txt torch -e ".[test]"
 	@touch $@
 
 # Rebuilt with warnings as errors whenever a C file or setup.py changed after the editable install.
 $(EXTENSION): $(INSTALLED) setup.py $(C_FILES)
-	LLMPRUNE_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	LLMPRUNE_CUDA=0 LLMPRUNE_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # --- the two commands of the README ---------------------------------------------------------------------------------
@@ -48,19 +52,19 @@ demo: $(EXTENSION)
 	    --calibration demo/calibration.txt --eval demo/eval.txt \
 	    --output out/demo --overwrite --generate "Once there was"
 
-test: lint types ctest asan pytest
+test: lint types ctest asan cuda pytest
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(PY_SOURCES)
 	$(BIN)/ruff format --check $(PY_SOURCES)
-	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES) $(CUDA_FILES)
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix $(PY_SOURCES)
 	$(BIN)/ruff format $(PY_SOURCES)
-	$(BIN)/clang-format -i $(C_FILES)
+	$(BIN)/clang-format -i $(C_FILES) $(CUDA_FILES)
 
 types: $(EXTENSION)
 	$(BIN)/mypy
@@ -75,6 +79,30 @@ bench: $(EXTENSION)
 
 architectures: $(EXTENSION)
 	$(BIN)/python benchmarks/architectures.py --jobs $(JOBS) $(ARGS)
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+# `cuda` needs no GPU: it compiles for every target and asks the module what it finds.  cuBLAS' headers and library come from
+# PyPI.  `cuda-test` is for a machine with a GPU: PYTHON is the one that holds torch there, and nothing is installed.
+
+CUDA_PACKAGES ?= nvidia-cublas cuda-pathfinder
+
+cuda: $(EXTENSION)
+	@if ! $(or $(NVCC),nvcc) --version 2>/dev/null | grep -q "release 13"; then \
+	    echo "cuda: skipped, there is no nvcc of CUDA 13 on this machine"; \
+	else set -e; \
+	    $(BIN)/pip install --quiet -c constraints.txt $(CUDA_PACKAGES); \
+	    LLMPRUNE_CUDA=1 LLMPRUNE_WERROR=1 $(BIN)/python setup.py --quiet build_ext --inplace; \
+	    $(BIN)/python -m pytest -q tests/cuda/test_loading.py; \
+	fi
+
+GPU_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr -d . | paste -sd,)
+SANITIZED := -q -p no:cacheprovider tests/cuda/test_kernels.py -k "not large"
+
+cuda-test:
+	LLMPRUNE_CUDA=1 LLMPRUNE_WERROR=1 LLMPRUNE_CUDA_ARCHS="$(GPU_ARCHS)" $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest tests/cuda $(ARGS)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
 
 # --- C tests: no Python involved ------------------------------------------------------------------------------------
 # Each tests/{core,kernels}/test_*.c is a program that exits 0 when it passes; other .c files there are shared by all.

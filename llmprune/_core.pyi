@@ -9,10 +9,14 @@ class _Tensor(Protocol):
     def __dlpack__(self, *, stream: Any = ...) -> Any: ...
     def __dlpack_device__(self) -> tuple[Any, int]: ...
 
+_Sums = npt.NDArray[np.float64] | _Tensor
+"""Sums are NumPy arrays beside tensors on the CPU, and float64 tensors beside tensors on a CUDA device."""
+
 class LlmpruneError(Exception): ...
 class TraceError(LlmpruneError): ...
 class PlanError(LlmpruneError): ...
 class TensorError(LlmpruneError): ...
+class DeviceError(LlmpruneError): ...
 
 def rank(scores: npt.NDArray[np.float64], order: npt.NDArray[np.int64], /) -> None: ...
 def merge(
@@ -25,25 +29,45 @@ def linear_scores(
     dy: _Tensor,
     samples: int,
     order: int,
-    row: npt.NDArray[np.float64],
-    col: npt.NDArray[np.float64],
+    row: _Sums,
+    col: _Sums,
     transposed: bool = False,
     threads: int = 0,
+    scratch: _Tensor | None = None,
+    stream: int = 0,
 ) -> None: ...
-def dot_columns(a: _Tensor, b: _Tensor, out: npt.NDArray[np.float64], threads: int = 0) -> None: ...
+def dot_columns(
+    a: _Tensor, b: _Tensor, out: _Sums, threads: int = 0, scratch: _Tensor | None = None, stream: int = 0
+) -> None: ...
 def tensor_scores(
     weight: _Tensor,
     grad: _Tensor | None,
     square: _Tensor | None,
     kind: str,
-    outs: Sequence[npt.NDArray[np.float64] | None],
+    outs: Sequence[_Sums | None],
     threads: int = 0,
+    scratch: _Tensor | None = None,
+    stream: int = 0,
 ) -> None: ...
-def accumulate_square(acc: _Tensor, grad: _Tensor, scale: float, threads: int = 0) -> None: ...
+def accumulate_square(
+    acc: _Tensor, grad: _Tensor, scale: float, threads: int = 0, stream: int = 0
+) -> None: ...
 def compact(tensor: _Tensor, kept: dict[int, npt.NDArray[np.int64]], threads: int = 0) -> Block: ...
 def compact_into(
-    target: _Tensor, source: _Tensor, kept: dict[int, npt.NDArray[np.int64]], threads: int = 0
+    target: _Tensor,
+    source: _Tensor,
+    kept: dict[int, npt.NDArray[np.int64]],
+    threads: int = 0,
+    scratch: _Tensor | None = None,
+    stream: int = 0,
 ) -> None: ...
+def compact_many(
+    tensors: Sequence[_Tensor],
+    kept: Sequence[dict[int, npt.NDArray[np.int64]]],
+    scratch: _Tensor,
+    stream: int = 0,
+) -> None: ...
+def register_cuda(table: Any, /) -> int: ...
 
 @final
 class Block:

@@ -6,12 +6,13 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 import llmprune
-from llmprune import _core
+from llmprune import _core, cuda
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 """The run-time dependencies whose versions are reported."""
@@ -23,7 +24,7 @@ def doctor(quiet: bool = False) -> dict[str, Any]:
     Returns:
         ``llmprune``, ``python``, ``platform``; ``packages`` (name -> version, None where it is not installed);
         ``simd`` (instruction set of the kernels); ``cpus`` (usable by this process); ``free_memory`` (bytes, None
-        where the system does not say); ``cuda`` (``built`` and ``reason``); ``self_test`` (``ok`` and ``detail``).
+        where the system does not say); ``cuda`` (``built``, ``usable`` and, where it is not, ``reason``); ``self_test`` (``ok`` and ``detail``).
     """
     report: dict[str, Any] = {
         "llmprune": llmprune.__version__,
@@ -33,7 +34,7 @@ def doctor(quiet: bool = False) -> dict[str, Any]:
         "simd": _core.simd_level(),
         "cpus": usable_cpus(),
         "free_memory": free_memory(),
-        "cuda": {"built": False, "reason": "this version of llmprune has CPU kernels only"},
+        "cuda": cuda_state(),
         "self_test": self_test(),
     }
     if not quiet:
@@ -69,6 +70,12 @@ def free_memory() -> int | None:
     return None
 
 
+def cuda_state() -> dict[str, Any]:
+    """Whether the CUDA kernels were built, whether they can run here, and why not; this loads them."""
+    reason = cuda.unavailable()
+    return {"built": find_spec("llmprune._cuda") is not None, "usable": reason is None, "reason": reason}
+
+
 def self_test() -> dict[str, Any]:
     """Score a random linear layer with the C kernel and compare with NumPy in float64.
 
@@ -98,7 +105,7 @@ def self_test() -> dict[str, Any]:
 def render(report: dict[str, Any]) -> str:
     """The report as aligned lines of text."""
     free = report["free_memory"]
-    cuda, test = report["cuda"], report["self_test"]
+    device, test = report["cuda"], report["self_test"]
     rows = [
         ("llmprune", report["llmprune"]),
         ("python", f"{report['python']} on {report['platform']}"),
@@ -106,7 +113,7 @@ def render(report: dict[str, Any]) -> str:
         ("simd", report["simd"]),
         ("cpus", str(report["cpus"])),
         ("free memory", "unknown" if free is None else f"{free / 2**30:.1f} GiB"),
-        ("cuda", "built" if cuda["built"] else f"not built: {cuda['reason']}"),
+        ("cuda", "usable" if device["usable"] else f"not usable: {device['reason']}"),
         ("self-test", f"{'ok' if test['ok'] else 'FAILED'}: {test['detail']}"),
     ]
     return "".join(f"{name:<14}{value}\n" for name, value in rows)

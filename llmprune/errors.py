@@ -5,11 +5,12 @@ The command line prints that sentence and exits with code 2.
 
 from __future__ import annotations
 
-from llmprune._core import LlmpruneError, PlanError, TensorError, TraceError
+from llmprune._core import DeviceError, LlmpruneError, PlanError, TensorError, TraceError
 
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "DeviceError",
     "InputError",
     "LlmpruneError",
     "PlanError",

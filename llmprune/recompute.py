@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,7 @@ class Checkpoints:
         batch_size: How many of them to recompute at a time.
         recording: Entered around each recomputation: (first sample, past the last) -> context.
         finished: Called with each block when its backward is done.
+        pinned: Keep the blocks' inputs in pinned host memory until they are run again.
     """
 
     def __init__(
@@ -175,7 +176,9 @@ class Checkpoints:
         batch_size: int,
         recording: Callable[[int, int], Any],
         finished: Callable[[Block], None],
+        pinned: bool = False,
     ):
+        self.pinned = pinned
         self._blocks = {id(block.module): block for block in blocks}
         self.samples, self.batch_size = samples, batch_size
         self.recording, self.finished = recording, finished
@@ -218,7 +221,10 @@ class Checkpoints:
         inputs = [leaves[i] for i in run.differentiable]
         for i in run.differentiable:
             leaves[i] = None  # kept by autograd alone, which frees them in time
-        for place, tensor in zip(places, _recomputed(run, self._anchor, *inputs), strict=True):
+        away = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.pinned else nullcontext()
+        with away:
+            results = _recomputed(run, self._anchor, *inputs)
+        for place, tensor in zip(places, results, strict=True):
             parts[place] = tensor
         return pytree.tree_unflatten(parts, structure)
 

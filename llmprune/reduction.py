@@ -11,15 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from llmprune import _core
+from llmprune import _core, cuda
 from llmprune.importance import Importance
 
 Sums = dict[str, list[np.ndarray]]
 """Parameter name -> for each dimension float64 sums of the elementwise importance, one per index."""
+
+
+def _out(sums: torch.Tensor) -> Any:
+    """Sums as a kernel takes them: NumPy's view of the same memory on the CPU, the tensor itself on a device."""
+    return sums.numpy() if sums.device.type == "cpu" else sums
+
+
+def _add_rows(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """``target[rows] += values`` where rows repeat; always in one order, which index_add_ has on the CPU only."""
+    if target.device.type == "cpu":
+        target.index_add_(0, rows, values)
+    else:
+        target.index_put_((rows,), values, accumulate=True)
 
 
 class Reroute(Exception):
@@ -88,7 +102,10 @@ class Reducer:
         self.importance, self.parameters, self.samples = importance, parameters, samples
         self.uses, self.done, self.fold = uses, done, fold
         self.grouped = importance.order > 1
-        self.sums: Sums = {name: [np.zeros(n) for n in p.shape] for name, p in parameters.items()}
+        self._sums = {
+            name: [torch.zeros(n, dtype=torch.float64, device=p.device) for n in p.shape]
+            for name, p in parameters.items()
+        }
         self.ids: dict[str, list[torch.Tensor]] = {}
         """Embedding name -> the ids it has looked up so far, (S, T) each."""
         self._pieces: dict[str, _Pieces] = {}
@@ -96,6 +113,11 @@ class Reducer:
         """Names of the parameters that are reduced."""
         self._accumulators: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.start, self.here = 0, samples
+
+    @property
+    def sums(self) -> Sums:
+        """What has been added up so far."""
+        return {name: [out.cpu().numpy() for out in outs] for name, outs in self._sums.items()}
 
     def begin(self, start: int, stop: int) -> None:
         """Uses from now on belong to samples ``start`` to ``stop``."""
@@ -154,23 +176,21 @@ class Reducer:
         Row sums of ``g*w`` are ``sum_t dy*(y - bias)``, column sums ``sum_t x*dx``. ``start`` is the first row of the
         weight that dy and y stand for; with ``count`` off, :meth:`inputs_signed` is to follow.
         """
-        rows = self.sums[name][1 if transposed else 0][start : start + dy.shape[1]]
+        rows = self._sums[name][1 if transposed else 0][start : start + dy.shape[1]]
         self._dots(dy, y, rows)
         if bias is not None:
-            rows -= (
-                dy.sum(0, dtype=torch.float64) * bias.detach().double()[start : start + dy.shape[1]]
-            ).numpy()
+            rows -= dy.sum(0, dtype=torch.float64) * bias.detach().double()[start : start + dy.shape[1]]
         if count:
             self.inputs_signed(name, x, dx, transposed)
 
     def inputs_signed(self, name: str, x: torch.Tensor, dx: torch.Tensor, transposed: bool = False) -> None:
         """The inputs' side of a use for an additive importance, and with it the use's end."""
-        self._dots(x, dx, self.sums[name][0 if transposed else 1])
+        self._dots(x, dx, self._sums[name][0 if transposed else 1])
         self._count(name)
 
     def row_slice(self, name: str, start: int, stop: int, x: torch.Tensor, dy: torch.Tensor) -> None:
         """All uses of rows ``start:stop`` of a weight at once: x (S, T, in), dy (S, T, stop - start)."""
-        row, col = self.sums[name]
+        row, col = self._sums[name]
         self._reduce_linear(self._scored(name)[start:stop], x, dy, row[start:stop], col)
 
     def reduced(self, name: str) -> None:
@@ -179,10 +199,8 @@ class Reducer:
         self.done(name)
 
     @staticmethod
-    def _dots(a: torch.Tensor, b: torch.Tensor, out: np.ndarray) -> None:
-        _core.dot_columns(
-            a.detach().contiguous(), b.detach().contiguous(), out, threads=torch.get_num_threads()
-        )
+    def _dots(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        _core.dot_columns(a.detach().contiguous(), b.detach().contiguous(), _out(out), **cuda.options(a))
 
     def per_sample(self, name: str, gradients: torch.Tensor) -> None:
         """Gradients of a parameter for each sample, (samples, *shape)."""
@@ -191,7 +209,7 @@ class Reducer:
 
     def whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None = None) -> None:
         """A parameter's whole mean gradient, and mean square where the importance needs it; None for zeros."""
-        self._reduce_tensor(self._scored(name), grad, square, self.sums[name])
+        self._reduce_tensor(self._scored(name), grad, square, self._sums[name])
         self.complete.add(name)
         self.done(name)
 
@@ -229,7 +247,7 @@ class Reducer:
         if pieces.count < expected:
             return
         if name in self._accumulators:
-            self._reduce_tensor(self._scored(name), *self._accumulators.pop(name), self.sums[name])
+            self._reduce_tensor(self._scored(name), *self._accumulators.pop(name), self._sums[name])
         elif not self.importance.additive:
             self._reduce(name, pieces)
         self._pieces[name] = _Pieces(count=pieces.count)
@@ -244,7 +262,8 @@ class Reducer:
             return
         weight = self._scored(name)
         if name not in self._accumulators:
-            zeros = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            kind = torch.promote_types(weight.dtype, torch.float32)
+            zeros = torch.zeros(weight.shape, dtype=kind, device=weight.device)
             self._accumulators[name] = (zeros, torch.zeros_like(zeros) if self.grouped else None)
         mean, square = self._accumulators[name]
         linear, lookup = pieces.linear.pop(key, []), pieces.lookup.pop(key, [])
@@ -254,10 +273,10 @@ class Reducer:
                 pair = (x[group], dy[group]) if pieces.transposed else (dy[group], x[group])
                 grad.addmm_(pair[0].to(grad.dtype).t(), pair[1].to(grad.dtype))
             for ids, dy in lookup:
-                grad.index_add_(0, ids[group], dy[group].to(grad.dtype))
+                _add_rows(grad, ids[group], dy[group].to(grad.dtype))
             if square is not None:
                 mean.add_(grad, alpha=1 / self.samples)
-                _core.accumulate_square(square, grad, 1 / self.samples, threads=torch.get_num_threads())
+                _core.accumulate_square(square, grad, 1 / self.samples, **cuda.options(grad, scratch=False))
 
     def check_complete(self) -> None:
         """See that every streamed parameter had the expected uses.
@@ -270,7 +289,7 @@ class Reducer:
             raise Reroute(short)
 
     def _reduce(self, name: str, pieces: _Pieces) -> None:
-        weight, sums = self._scored(name), self.sums[name]
+        weight, sums = self._scored(name), self._sums[name]
         if not pieces.lookup:
             x, dy = _joined(pieces.linear)
             out, inner = (1, 0) if pieces.transposed else (0, 1)
@@ -294,8 +313,8 @@ class Reducer:
         weight: torch.Tensor,
         x: torch.Tensor,
         dy: torch.Tensor,
-        row: np.ndarray,
-        col: np.ndarray,
+        row: torch.Tensor,
+        col: torch.Tensor,
         transposed: bool = False,
     ) -> None:
         """Weight (out, in), x (S, T, in), dy (S, T, out) -> added to row (out) and col (in)."""
@@ -305,10 +324,10 @@ class Reducer:
             dy.detach().reshape(-1, dy.shape[-1]).contiguous(),
             len(x),
             self.importance.order,
-            row,
-            col,
+            _out(row),
+            _out(col),
             transposed=transposed,
-            threads=torch.get_num_threads(),
+            **cuda.options(weight),
         )
 
     def _reduce_tensor(
@@ -316,7 +335,7 @@ class Reducer:
         weight: torch.Tensor,
         grad: torch.Tensor | None,
         square: torch.Tensor | None,
-        outs: list[np.ndarray],
+        outs: list[torch.Tensor],
     ) -> None:
         """Any tensor and its whole gradient; ``outs`` as in :data:`Sums`. A scalar has no structures."""
         if weight.dim() == 0 or weight.numel() == 0:
@@ -331,39 +350,39 @@ class Reducer:
                 None if grad is None else grad.detach().contiguous(),
                 None if square is None else square.detach().contiguous(),
                 self.importance.kernel,
-                outs,
-                threads=torch.get_num_threads(),
+                [_out(out) for out in outs],
+                **cuda.options(weight),
             )
             return
         double = [weight.double() if t is None else t.detach().double() for t in (weight, grad, square)]
         element = self.importance.element(double[0], double[1], double[2])
         for dim, out in enumerate(outs):
-            out += element.movedim(dim, 0).reshape(len(out), -1).sum(1).cpu().numpy()
+            out += element.movedim(dim, 0).reshape(len(out), -1).sum(1)
 
     def _lookup_signed(self, name: str, ids: torch.Tensor, dy: torch.Tensor) -> None:
         flat = ids.reshape(-1)
         product = dy.reshape(len(flat), -1).double() * self._scored(name)[flat].double()
-        np.add.at(self.sums[name][0], flat.cpu().numpy(), product.sum(1).cpu().numpy())
-        self.sums[name][1] += product.sum(0).cpu().numpy()
+        _add_rows(self._sums[name][0], flat, product.sum(1))
+        self._sums[name][1] += product.sum(0)
 
     def _reduce_lookup(
-        self, weight: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor, sums: list[np.ndarray]
+        self, weight: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor, sums: list[torch.Tensor]
     ) -> None:
         """An embedding's rows: only those looked up have a gradient."""
         used, place = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         kind = torch.promote_types(dy.dtype, torch.float32)
-        grad = torch.zeros((len(used), weight.shape[1]), dtype=kind)
+        grad = torch.zeros((len(used), weight.shape[1]), dtype=kind, device=weight.device)
         square = torch.zeros_like(grad) if self.importance.order > 1 else None
         for sample in range(len(ids)):
             mine, where = place[sample].unique(return_inverse=True)
-            part = torch.zeros((len(mine), weight.shape[1]), dtype=kind)
-            part.index_add_(0, where, dy[sample].to(kind))
+            part = torch.zeros((len(mine), weight.shape[1]), dtype=kind, device=weight.device)
+            _add_rows(part, where, dy[sample].to(kind))
             grad[mine] += part / len(ids)
             if square is not None:
                 square[mine] += part.square() / len(ids)
-        row = np.zeros(len(used))
+        row = torch.zeros(len(used), dtype=torch.float64, device=weight.device)
         self._reduce_tensor(weight[used], grad, square, [row, sums[1]])
-        sums[0][used.numpy()] += row
+        sums[0][used] += row
 
     def unused_rows(
         self, name: str, start: int, used: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
@@ -373,14 +392,14 @@ class Reducer:
         x (S, T, in), dy (S, T, rows here). Returns the places, within these rows, of the ones looked up.
         """
         rows = dy.shape[-1]
-        looked_up = torch.zeros(rows, dtype=torch.bool)
+        looked_up = torch.zeros(rows, dtype=torch.bool, device=dy.device)
         looked_up[used[(used >= start) & (used < start + rows)] - start] = True
         free = (~looked_up).nonzero()[:, 0]
         if len(free):
-            row = np.zeros(len(free))
+            row = torch.zeros(len(free), dtype=torch.float64, device=dy.device)
             weight = self._scored(name)[start : start + rows]
-            self._reduce_linear(weight[free], x, dy[..., free], row, self.sums[name][1])
-            self.sums[name][0][start + free.numpy()] += row
+            self._reduce_linear(weight[free], x, dy[..., free], row, self._sums[name][1])
+            self._sums[name][0][start + free] += row
         return looked_up.nonzero()[:, 0]
 
     def _reduce_tied(
@@ -391,7 +410,7 @@ class Reducer:
         dy: torch.Tensor,
         ids: torch.Tensor,
         dlookup: torch.Tensor,
-        sums: list[np.ndarray],
+        sums: list[torch.Tensor],
         step: int = 1024,
     ) -> None:
         """Rows that were both looked up and projected onto: the lookups are tokens with a one-hot ``dy``."""
@@ -399,10 +418,10 @@ class Reducer:
         for begin in range(0, len(used), step):
             part = used[begin : begin + step]
             one_hot = (ids[..., None] == part).to(dy.dtype)
-            row = np.zeros(len(part))
+            row = torch.zeros(len(part), dtype=torch.float64, device=weight.device)
             outputs = torch.cat([dy[..., begin : begin + step], one_hot], 1)
             self._reduce_linear(weight[part], inputs, outputs, row, sums[1])
-            sums[0][part.numpy()] += row
+            sums[0][part] += row
 
 
 @dataclass

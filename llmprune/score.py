@@ -255,6 +255,7 @@ def score(
     length: int = LENGTH,
     batch_size: int | None = None,
     checkpointing: bool | None = None,
+    pin_boundaries: bool = False,
     loss: UserLoss | None = None,
     quiet: bool | None = None,
     kinds: Sequence[str] | None = None,
@@ -270,7 +271,8 @@ def score(
     The model is the same afterwards, also when this raises: no gradients, hooks or changed flags.
 
     Args:
-        model: The traced model, with its weights, on the CPU.
+        model: The traced model, with its weights, on the CPU or on CUDA devices; gradients stay where they are, and
+            only scores leave a device.
         graph: Its graph.
         calibration: Token ids (samples x length), texts with ``tokenizer``, a path to .txt or .jsonl, or a mapping of
             tensors; see :func:`llmprune.calibration.load_calibration`. Not needed for l1, l2 and random.
@@ -284,6 +286,7 @@ def score(
             rounding only.
         checkpointing: Keep only the inputs of the model's repeated blocks and run each block again in the backward
             pass: a third more time, a fraction of the memory; None for only when memory would not suffice.
+        pin_boundaries: With checkpointing, keep the blocks' inputs in pinned host memory instead of the device's.
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.
         kinds: Kinds that are to be pruned: ``layer`` has whole layers scored too, and alone nothing else. None: every
@@ -293,6 +296,7 @@ def score(
         InputError: an unknown importance or aggregation, the graph of another model, weights that are not finite, not
             floating point or not loaded, a loss that does not apply.
         CalibrationError: calibration data that cannot be used, or a sample whose loss is not finite.
+        DeviceError: weights on a CUDA device that llmprune cannot use, or that has too little free memory.
     """
     rule = check_scoring(importance, aggregation, calibration, kinds)
     if kinds is None:
@@ -330,7 +334,9 @@ def score(
                     batch = _calibration(model, calibration, tokenizer, samples, length, importance)
                 if axes and batch is not None:
                     tick = partial(_tick, bar)
-                    sums = _streamed(model, batch, loss, parameters, rule, tick, batch_size, checkpointing)
+                    sums = _streamed(
+                        model, batch, loss, parameters, rule, tick, batch_size, checkpointing, pin_boundaries
+                    )
             structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
             values = _grouped(axes, structures, aggregation)
             tables = {
@@ -492,6 +498,7 @@ def _streamed(
     progress: Callable[[str], None],
     batch_size: int | None,
     checkpointing: bool | None,
+    pin_boundaries: bool,
 ) -> Sums:
     """First and second order, with the model as it was afterwards."""
     losses_of = SampleLosses(model, loss, batch)
@@ -505,6 +512,7 @@ def _streamed(
             progress=progress,
             batch_size=batch_size,
             checkpointing=checkpointing,
+            pin_boundaries=pin_boundaries,
         )
 
 

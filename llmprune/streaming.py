@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmprune import _core
+from llmprune import _core, cuda
 from llmprune.calibration import Batch
-from llmprune.errors import CalibrationError
+from llmprune.errors import CalibrationError, DeviceError
 from llmprune.importance import Importance
 from llmprune.interpose import Interposer
 from llmprune.loss import SampleLosses, check_losses, fused_loss
@@ -240,6 +240,7 @@ def streamed_sums(
     batch_size: int | None = None,
     checkpointing: bool | None = None,
     accumulator_bytes: int | None = None,
+    pin_boundaries: bool = False,
 ) -> Sums:
     """Sums of the elementwise importance over every structure of every parameter.
 
@@ -257,9 +258,11 @@ def streamed_sums(
             asks for parts.
         accumulator_bytes: Most memory for the accumulators of the general path's second order at a time; None takes
             half of what is available.
+        pin_boundaries: With checkpointing, keep what passes the blocks' borders in pinned host memory.
 
     Raises:
         CalibrationError: a sample's loss is not finite, or the model cannot run on the samples.
+        DeviceError: a CUDA device has too little free memory; nothing has been computed.
     """
     task = _Task(model, batch, losses_of, parameters, importance, progress)
     losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
@@ -274,7 +277,7 @@ def streamed_sums(
         )
         checkpoint, at_a_time = _schedule(task, route, batch_size, checkpointing)
         try:
-            return _Pass(task, route, checkpoint, at_a_time).run(accumulator_bytes)
+            return _Pass(task, route, checkpoint, at_a_time, pin_boundaries).run(accumulator_bytes)
         except IndexError as error:
             shapes = {name: tuple(t.shape) for name, t in batch.inputs.items()}
             raise CalibrationError(
@@ -299,13 +302,15 @@ def _schedule(
     """Whether to checkpoint, and how many samples to run at a time."""
     samples = task.batch.samples
     needed = route.bytes_per_token * task.batch.tokens
-    room = available_memory() // 2
+    free = _free_memory(task)
+    room = free // 2
     if checkpointing is None:
         checkpointing = needed > room or (batch_size is not None and batch_size < samples)
     checkpointing = checkpointing and bool(route.blocks)
     if batch_size is None:
         share = needed / (len(route.blocks) if checkpointing else 1)
         batch_size = samples if share <= room else max(1, int(samples * room / share))
+    _check_device_memory(task, route, checkpointing, free)
     log.info(
         "about %.0f MB of activations for %d samples, %.0f MB free: %s, %d samples at a time",
         needed / 1e6,
@@ -317,6 +322,36 @@ def _schedule(
     return checkpointing, min(batch_size, samples)
 
 
+def _device(task: _Task) -> torch.device:
+    """Where the scored parameters lie; the first one's, if on several devices."""
+    return next(iter(task.parameters.values())).device
+
+
+def _free_memory(task: _Task) -> int:
+    """Bytes that tensors can have there."""
+    device = _device(task)
+    return cuda.free_memory(device) if device.type == "cuda" else available_memory()
+
+
+def _check_device_memory(task: _Task, route: _Route, checkpointing: bool, free: int) -> None:
+    """See, before anything runs, that a CUDA device has room for one sample and a kernel's scratch.
+
+    Raises:
+        DeviceError: it has not.
+    """
+    device = _device(task)
+    if device.type != "cuda":
+        return
+    sample = route.bytes_per_token * task.batch.tokens / task.batch.samples
+    least = sample / (len(route.blocks) if checkpointing else 1) + cuda.SCRATCH_BYTES
+    if free < least:
+        more = "" if checkpointing or not route.blocks else ", or checkpointing=True"
+        raise DeviceError(
+            f"scoring one sample needs about {least / 2**30:.1f} GiB beside the weights on {device}, where "
+            f"{free / 2**30:.1f} GiB are free: take shorter samples{more}"
+        )
+
+
 @dataclass
 class _Pass:
     """One attempt at :func:`streamed_sums`, with every parameter's route fixed."""
@@ -325,6 +360,7 @@ class _Pass:
     route: _Route
     checkpointing: bool
     batch_size: int
+    pin_boundaries: bool = False
 
     def __post_init__(self) -> None:
         """Set up what the attempt adds to."""
@@ -353,10 +389,11 @@ class _Pass:
             with _requiring_grad(active.values()):
                 self._together(active)
         self._one_by_one(sorted(later), accumulator_bytes)
+        sums = self.reducer.sums
         if self.task.importance.order == 1:
-            for array in (array for arrays in self.reducer.sums.values() for array in arrays):
+            for array in (array for arrays in sums.values() for array in arrays):
                 array *= 1 / (self.samples * self.factor)
-        return self.reducer.sums
+        return sums
 
     def _together(self, active: Mapping[str, torch.Tensor]) -> None:
         """All samples' gradients of ``active`` parameters."""
@@ -387,7 +424,12 @@ class _Pass:
         checkpoints: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.checkpointing:
             checkpoints = Checkpoints(
-                self.route.blocks, self.samples, self.batch_size, self._recording, self._take_block
+                self.route.blocks,
+                self.samples,
+                self.batch_size,
+                self._recording,
+                self._take_block,
+                self.pin_boundaries,
             )
         with checkpoints, self.mode:
             if self.checkpointing:
@@ -449,7 +491,7 @@ class _Pass:
 
     def _one_by_one(self, names: list[str], accumulator_bytes: int | None) -> None:
         """Second order on the general path: one sample at a time, as many parameters as accumulators fit."""
-        budget = accumulator_bytes if accumulator_bytes is not None else available_memory() // 2
+        budget = accumulator_bytes if accumulator_bytes is not None else _free_memory(self.task) // 2
         while names:
             taken: list[str] = []
             used = 0
@@ -474,7 +516,7 @@ class _Pass:
                     )
                 grad = parameter.grad.detach().contiguous()
                 sums[name][0].add_(grad, alpha=share)
-                _core.accumulate_square(sums[name][1], grad, share, threads=torch.get_num_threads())
+                _core.accumulate_square(sums[name][1], grad, share, **cuda.options(grad, scratch=False))
                 parameter.grad = None
 
             return take

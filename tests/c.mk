@@ -1,6 +1,6 @@
 # Builds and runs the C tests in four variants under build/c/VARIANT.  Included by the Makefile of the repository.
 
-C_LIBRARY := $(wildcard csrc/core/*.c csrc/kernels/cpu/*.c)
+C_LIBRARY := $(wildcard csrc/core/*.c csrc/kernels/cpu/*.c csrc/kernels/cuda/*.c)
 C_TESTS   := $(wildcard tests/core/test_*.c tests/kernels/test_*.c)
 C_SHARED  := $(filter-out $(C_TESTS),$(wildcard tests/core/*.c tests/kernels/*.c))
 
@@ -36,8 +36,50 @@ endef
 
 $(foreach variant,plain asan tsan valgrind,$(eval $(call c_variant,$(variant))))
 
-ctest:
-	$(MAKE) --no-print-directory -j $(JOBS) run-c-plain
+# The CUDA backend's own sources as C++ for the CPU, where tests/cuda_host/simt.cpp runs their kernels thread by thread; its
+# tests take what they need of the C objects.  gemm.cu, which calls cuBLAS, has a stand-in.
+SIMT_KERNELS := $(filter-out csrc/kernels/cuda/gemm.cu,$(wildcard csrc/kernels/cuda/*.cu))
+SIMT_TESTS   := $(wildcard tests/cuda_host/test_*.cpp)
+SIMT_SHARED  := $(filter-out $(SIMT_TESTS),$(wildcard tests/cuda_host/*.cpp))
+SIMT_FLAGS   := -std=c++17 -D_GNU_SOURCE -pthread -g -fPIC -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror -Icsrc -Itests/cuda_host \
+                -Itests/kernels -MMD -MP
+SIMT_C       := csrc/core/status.c csrc/kernels/cuda/plan.c csrc/kernels/cuda/waves.c
 
-asan tsan valgrind:
+# $(call simt_variant,NAME): the same programs, and libcuda_host.so, with which Python tests register this backend.
+define simt_variant
+build/c/$(1)/%.cu.o: %.cu
+	@mkdir -p $$(@D)
+	@echo "$(1) c++ $$<"
+	@$$(CXX) $$(SIMT_FLAGS) $$(C_$(1)) -x c++ -c $$< -o $$@
+
+build/c/$(1)/%.cpp.o: %.cpp
+	@mkdir -p $$(@D)
+	@echo "$(1) c++ $$<"
+	@$$(CXX) $$(SIMT_FLAGS) $$(C_$(1)) -c $$< -o $$@
+
+SIMT_OBJECTS_$(1) := $$(patsubst %,build/c/$(1)/%.o,$$(SIMT_KERNELS) $$(SIMT_SHARED))
+build/c/$(1)/%.cpp.run: build/c/$(1)/%.cpp.o $$(SIMT_OBJECTS_$(1)) \
+                        $$(patsubst %.c,build/c/$(1)/%.o,$$(C_LIBRARY) tests/kernels/check.c)
+	@$$(CXX) -pthread $$(C_$(1)) $$^ -lm -o $$@
+
+build/c/$(1)/libcuda_host.so: $$(SIMT_OBJECTS_$(1)) $$(SIMT_C)
+	@$$(CC) $$(C_FLAGS) $$(C_$(1)) -fPIC -shared -Wl,-Bsymbolic $$(filter %.o %.c,$$^) -lstdc++ -lm -o $$@
+
+.PRECIOUS: build/c/$(1)/%.cu.o build/c/$(1)/%.cpp.o build/c/$(1)/%.cpp.run
+.PHONY: run-simt-$(1)
+run-simt-$(1): $$(patsubst %,build/c/$(1)/%.run,$$(SIMT_TESTS))
+	@set -e; for program in $$^; do echo "$(1) run $$$$program"; $$(C_RUN_$(1)) $$$$program; done
+
+-include $$(SIMT_OBJECTS_$(1):.o=.d) $$(patsubst %,build/c/$(1)/%.d,$$(SIMT_TESTS))
+endef
+
+$(foreach variant,plain asan,$(eval $(call simt_variant,$(variant))))
+
+ctest:
+	$(MAKE) --no-print-directory -j $(JOBS) run-c-plain run-simt-plain
+
+asan:
+	$(MAKE) --no-print-directory -j $(JOBS) run-c-$@ run-simt-$@
+
+tsan valgrind:
 	$(MAKE) --no-print-directory -j $(JOBS) run-c-$@

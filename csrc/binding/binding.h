@@ -17,10 +17,12 @@ typedef struct {
     PyObject *TraceError;
     PyObject *PlanError;
     PyObject *TensorError;
+    PyObject *DeviceError;
     const lp_backend
         *backend; /* the CPU kernels this process uses; static, never NULL once the module is made */
-    PyTypeObject *graph_type; /* _core.Graph; NULL until lp_binding_add_graph made it */
-    PyTypeObject *block_type; /* _core.Block; NULL until lp_binding_add_block made it */
+    struct lp_device_registry *devices; /* the CUDA backend, if a tensor has asked for it (device.c) */
+    PyTypeObject *graph_type;           /* _core.Graph; NULL until lp_binding_add_graph made it */
+    PyTypeObject *block_type;           /* _core.Block; NULL until lp_binding_add_block made it */
 } lp_module_state;
 
 /* State of the module `module`; borrowed, lives as long as the module. */
@@ -43,6 +45,12 @@ PyObject *lp_finish(const lp_module_state *state, lp_status status, const lp_err
 /* kernels.c: choose the CPU kernels (environment variable LLMPRUNE_SIMD, else the best) and add the functions that call
  * them to `module`.  -1 with an exception set on failure. */
 int lp_binding_add_kernels(PyObject *module, lp_module_state *state);
+
+/* device.c: add what registers the CUDA backend to `module`.  -1 with an exception set on failure. */
+int lp_binding_add_device(PyObject *module);
+
+/* device.c: close the devices, when the module goes. */
+void lp_binding_close_devices(lp_module_state *state);
 
 /* select.c: add rank and merge to `module`.  -1 with an exception set on failure. */
 int lp_binding_add_select(PyObject *module);

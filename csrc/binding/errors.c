@@ -26,8 +26,13 @@ int lp_binding_add_errors(PyObject *module, lp_module_state *state)
     if (add_error(module, &state->PlanError, "PlanError", "A pruning plan that cannot be carried out.",
                   state->LlmpruneError) < 0)
         return -1;
-    return add_error(module, &state->TensorError, "TensorError",
-                     "A tensor of the wrong type, device, shape, layout or mutability.",
+    if (add_error(module, &state->TensorError, "TensorError",
+                  "A tensor of the wrong type, device, shape, layout or mutability.",
+                  state->LlmpruneError) < 0)
+        return -1;
+    return add_error(module, &state->DeviceError, "DeviceError",
+                     "An accelerator that is missing, unsupported, busy, full or failing; the text has the "
+                     "CUDA error's name.",
                      state->LlmpruneError);
 }
 
@@ -59,6 +64,9 @@ PyObject *lp_raise(const lp_module_state *state, const lp_error *err)
             break;
         case LP_ERR_TENSOR:
             type = state->TensorError;
+            break;
+        case LP_ERR_DEVICE:
+            type = state->DeviceError;
             break;
         case LP_ERR_INTERNAL:
             type = PyExc_SystemError;

@@ -6,7 +6,8 @@ static int module_exec(PyObject *module)
 
     if (lp_binding_add_errors(module, state) < 0 || lp_binding_add_kernels(module, state) < 0)
         return -1;
-    if (lp_binding_add_block(module, state) < 0 || lp_binding_add_graph(module, state) < 0)
+    if (lp_binding_add_device(module) < 0 || lp_binding_add_block(module, state) < 0 ||
+        lp_binding_add_graph(module, state) < 0)
         return -1;
     return lp_binding_add_select(module);
 }
@@ -19,6 +20,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->TraceError);
     Py_VISIT(state->PlanError);
     Py_VISIT(state->TensorError);
+    Py_VISIT(state->DeviceError);
     Py_VISIT(state->graph_type);
     Py_VISIT(state->block_type);
     return 0;
@@ -32,6 +34,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->TraceError);
     Py_CLEAR(state->PlanError);
     Py_CLEAR(state->TensorError);
+    Py_CLEAR(state->DeviceError);
     Py_CLEAR(state->graph_type);
     Py_CLEAR(state->block_type);
     return 0;
@@ -39,6 +42,7 @@ static int module_clear(PyObject *module)
 
 static void module_free(void *module)
 {
+    lp_binding_close_devices(lp_binding_state((PyObject *)module));
     (void)module_clear((PyObject *)module);
 }
 

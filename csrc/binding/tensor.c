@@ -1,4 +1,4 @@
-#include "tensor.h"
+#include "device.h"
 
 #include <string.h>
 
@@ -133,10 +133,40 @@ static int refuse_export(const lp_module_state *state, PyObject *object, const c
 
 /* --- asking -------------------------------------------------------------------------------------------------------- */
 
-static int check_device(const lp_module_state *state, PyObject *object, const char *name)
+/* Whether a call at `place` may use memory of DLPack's device (type, index), which view->device then names. */
+static int check_place(lp_view *view, const lp_module_state *state, lp_place *place, long type, long index)
+{
+    view->device = type == kDLCUDA ? (int)index : -1;
+    if (!on_cpu(type) && (type != kDLCUDA || place == NULL)) {
+        PyErr_Format(state->TensorError,
+                     "%s: the tensor is on device %s (DLPack type %ld); move it to the CPU first", view->name,
+                     device_name(type), type);
+        return -1;
+    }
+    if (place == NULL)
+        return 0;
+    if (!place->decided) {
+        if (view->device >= 0 && lp_device_load(state, view->name, view->device) < 0)
+            return -1;
+        place->decided = true;
+        place->device = view->device;
+        place->name = view->name;
+        return 0;
+    }
+    if (place->device == view->device)
+        return 0;
+    PyErr_Format(state->TensorError,
+                 "%s: the tensor is on device %s:%d but %s is on %s:%d; all must be on one device",
+                 view->name, view->device < 0 ? "cpu" : "cuda", view->device < 0 ? 0 : view->device,
+                 place->name, place->device < 0 ? "cpu" : "cuda", place->device < 0 ? 0 : place->device);
+    return -1;
+}
+
+static int check_device(lp_view *view, const lp_module_state *state, lp_place *place, PyObject *object,
+                        const char *name)
 {
     PyObject *pair;
-    long type;
+    long type, index;
 
     pair = PyObject_CallMethod(object, "__dlpack_device__", NULL);
     if (pair == NULL)
@@ -147,23 +177,19 @@ static int check_device(const lp_module_state *state, PyObject *object, const ch
         return -1;
     }
     type = PyLong_AsLong(PyTuple_GET_ITEM(pair, 0));
+    index = type == -1 && PyErr_Occurred() ? -1 : PyLong_AsLong(PyTuple_GET_ITEM(pair, 1));
     Py_DECREF(pair);
-    if (type == -1 && PyErr_Occurred())
+    if (PyErr_Occurred())
         return refuse_because(state, "%s: the tensor does not say which device it is on (%S)", name, NULL);
-    if (!on_cpu(type)) {
-        PyErr_Format(state->TensorError,
-                     "%s: the tensor is on device %s (DLPack type %ld); move it to the CPU first", name,
-                     device_name(type), type);
-        return -1;
-    }
-    return 0;
+    return check_place(view, state, place, type, index);
 }
 
-/* object.__dlpack__(stream=None, max_version=(1, 0), copy=False), else __dlpack__(stream=None) for producers that
- * predate DLPack 1.0 and know neither keyword. */
-static PyObject *export_capsule(const lp_module_state *state, PyObject *object, const char *name)
+/* object.__dlpack__(stream=S, max_version=(1, 0), copy=False), else __dlpack__(stream=S) for producers that predate DLPack
+ * 1.0 and know neither keyword.  S is None on the CPU; on a device, where 0 would be ambiguous, the legacy stream is 1. */
+static PyObject *export_capsule(const lp_view *view, const lp_module_state *state, const lp_place *place,
+                                PyObject *object, const char *name)
 {
-    PyObject *method, *none = NULL, *keywords = NULL, *capsule = NULL;
+    PyObject *method, *none = NULL, *keywords = NULL, *capsule = NULL, *stream;
 
     method = PyObject_GetAttrString(object, "__dlpack__");
     if (method == NULL) {
@@ -171,7 +197,10 @@ static PyObject *export_capsule(const lp_module_state *state, PyObject *object, 
         return NULL;
     }
     none = PyTuple_New(0);
-    keywords = Py_BuildValue("{s:O,s:(ii),s:O}", "stream", Py_None, "max_version", 1, 0, "copy", Py_False);
+    stream = view->device < 0 ? Py_NewRef(Py_None)
+                              : PyLong_FromUnsignedLongLong(place->stream == 0 ? 1 : place->stream);
+    if (stream != NULL)
+        keywords = Py_BuildValue("{s:N,s:(ii),s:O}", "stream", stream, "max_version", 1, 0, "copy", Py_False);
     if (none == NULL || keywords == NULL)
         goto done;
     capsule = PyObject_Call(method, none, keywords);
@@ -247,9 +276,12 @@ static int read_layout(lp_view *view, const lp_module_state *state, int ndim, co
 
 static int read_tensor(lp_view *view, const lp_module_state *state, const DLTensor *tensor, unsigned need)
 {
-    if (!on_cpu((long)tensor->device.device_type)) {
-        PyErr_Format(state->TensorError, "%s: the capsule's tensor is on device %s; move it to the CPU first",
-                     view->name, device_name((long)tensor->device.device_type));
+    if (view->device < 0
+            ? !on_cpu((long)tensor->device.device_type)
+            : tensor->device.device_type != kDLCUDA || tensor->device.device_id != view->device) {
+        PyErr_Format(state->TensorError, "%s: the capsule's tensor is on device %s; move it to %s first",
+                     view->name, device_name((long)tensor->device.device_type),
+                     view->device < 0 ? "the CPU" : "the device it says it is on");
         return -1;
     }
     if (read_dtype(view, state, tensor) < 0 ||
@@ -308,22 +340,23 @@ static int read_capsule(lp_view *view, const lp_module_state *state, PyObject *c
     return -1;
 }
 
-int lp_view_adopt(lp_view *view, const lp_module_state *state, PyObject *object, const char *name,
-                  unsigned need)
+int lp_view_adopt(lp_view *view, const lp_module_state *state, lp_place *place, PyObject *object,
+                  const char *name, unsigned need)
 {
     PyObject *capsule = NULL;
 
     memset(view, 0, sizeof *view);
     view->name = name;
+    view->device = -1;
     if (!PyObject_HasAttrString(object, "__dlpack__") ||
         !PyObject_HasAttrString(object, "__dlpack_device__")) {
         PyErr_Format(state->TensorError, "%s: expected a tensor (an object with __dlpack__), got %.100s",
                      name, Py_TYPE(object)->tp_name);
         return -1;
     }
-    if (check_device(state, object, name) < 0)
+    if (check_device(view, state, place, object, name) < 0)
         return -1;
-    capsule = export_capsule(state, object, name);
+    capsule = export_capsule(view, state, place, object, name);
     if (capsule == NULL)
         return -1;
     if (read_capsule(view, state, capsule, need) < 0 ||
@@ -363,6 +396,7 @@ int lp_view_adopt_array(lp_view *view, const lp_module_state *state, PyObject *o
 
     memset(view, 0, sizeof *view);
     view->name = name;
+    view->device = -1;
     if (!PyObject_CheckBuffer(object)) {
         PyErr_Format(state->TensorError, "%s: expected a NumPy array of %s, got %.100s", name,
                      lp_element_name(element), Py_TYPE(object)->tp_name);
@@ -507,7 +541,7 @@ bool lp_view_overlaps(const lp_view *a, const lp_view *b)
 {
     uintptr_t a_first, a_end, b_first, b_end;
 
-    if (a->numel == 0 || b->numel == 0)
+    if (a->numel == 0 || b->numel == 0 || a->device != b->device)
         return false;
     byte_range(a, &a_first, &a_end);
     byte_range(b, &b_first, &b_end);
@@ -515,6 +549,15 @@ bool lp_view_overlaps(const lp_view *a, const lp_view *b)
 }
 
 /* --- checks -------------------------------------------------------------------------------------------------------- */
+
+int lp_view_filled(const lp_module_state *state, const lp_view *view)
+{
+    if (view->ndim > 0 && view->numel > 0)
+        return 0;
+    PyErr_Format(state->TensorError, "%s: the tensor %s", view->name,
+                 view->ndim == 0 ? "has no dimensions" : "has no elements");
+    return -1;
+}
 
 int lp_view_float(const lp_module_state *state, const lp_view *view, lp_dtype *dtype)
 {

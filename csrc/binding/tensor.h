@@ -27,6 +27,14 @@ typedef enum {
     LP_ELEMENT_BOOL
 } lp_element;
 
+/* Where the tensors of one call lie: the first one adopted decides, and the others must follow. */
+typedef struct {
+    bool decided;
+    int device;       /* CUDA device; -1: the CPU */
+    uintptr_t stream; /* CUDA stream of the call; 0 and 1 are the legacy default one */
+    const char *name; /* of the argument that decided */
+} lp_place;
+
 typedef enum { LP_OWNER_NONE = 0, LP_OWNER_DLPACK, LP_OWNER_DLPACK_LEGACY, LP_OWNER_BUFFER } lp_owner;
 
 typedef struct {
@@ -38,6 +46,7 @@ typedef struct {
     lp_element element;
     size_t itemsize;  /* bytes of one element */
     bool readonly;    /* always false after an adoption that asked for LP_VIEW_WRITABLE */
+    int device;       /* CUDA device whose memory this is; -1: the CPU's */
     const char *name; /* the argument's name in messages; not owned, a literal */
     lp_owner owner;
     void *managed;    /* the producer's DLManagedTensor or DLManagedTensorVersioned */
@@ -50,12 +59,13 @@ enum {
     LP_VIEW_CONTIGUOUS = 2 /* refuse anything but dense row-major order */
 };
 
-/* Adopt `object`, which has __dlpack__ and lies in CPU memory (pinned memory counts), of one of the
- * element types above and at most LP_MAX_DIMS dimensions.  Asks for the device before the capsule and for a versioned capsule before a legacy
+/* Adopt `object`, which has __dlpack__, of one of the element types above and at most LP_MAX_DIMS dimensions.  It lies at
+ * `place`, which it may decide, or in CPU memory where place is NULL (pinned memory counts as that).  The first tensor on a
+ * CUDA device loads the CUDA backend.  Asks for the device before the capsule and for a versioned capsule before a legacy
  * one; a capsule is renamed, and so taken over, only after every check has passed.
- * 0, or -1 with TensorError (one sentence that begins with `name`) or MemoryError set and *view empty. */
-int lp_view_adopt(lp_view *view, const lp_module_state *state, PyObject *object, const char *name,
-                  unsigned need);
+ * 0, or -1 with TensorError (one sentence that begins with `name`), DeviceError or MemoryError set and *view empty. */
+int lp_view_adopt(lp_view *view, const lp_module_state *state, lp_place *place, PyObject *object,
+                  const char *name, unsigned need);
 
 /* Adopt the NumPy array `object` (or anything else with the buffer protocol) of native type LP_ELEMENT_F64 or
  * LP_ELEMENT_I64 and `ndim` dimensions, row-major.  Result as lp_view_adopt. */
@@ -83,6 +93,9 @@ bool lp_view_dense_order(const lp_view *view, int order[LP_MAX_DIMS]);
 bool lp_view_overlaps(const lp_view *a, const lp_view *b);
 
 /* Each check below: 0, or -1 with TensorError set. */
+
+/* `view` has dimensions and elements. */
+int lp_view_filled(const lp_module_state *state, const lp_view *view);
 
 /* `view` holds floating-point numbers: *dtype is the backend's name for them. */
 int lp_view_float(const lp_module_state *state, const lp_view *view, lp_dtype *dtype);

@@ -31,10 +31,10 @@ typedef enum { LP_F32 = 0, LP_F64, LP_F16, LP_BF16 } lp_dtype;
 /* How an operation may run. */
 typedef struct {
     lp_allocator allocator; /* host scratch; called on the caller's thread only */
-    int threads;  /* most CPU threads to use, the caller's included; 0: as many as the machine has online */
-    void *stream;         /* CUDA stream; NULL is the legacy default one.  Unused on the CPU, like what follows */
-    void *context;        /* what the device's backend keeps for the device (kernels/cuda/cuda.h) */
-    void *scratch;        /* device memory, aligned to 256 bytes */
+    int threads;   /* most CPU threads to use, the caller's included; 0: as many as the machine has online */
+    void *stream;  /* CUDA stream; NULL is the legacy default one.  Unused on the CPU, like what follows */
+    void *context; /* what the device's backend keeps for the device (kernels/cuda/cuda.h) */
+    void *scratch; /* device memory, aligned to 256 bytes */
     size_t scratch_bytes; /* more than an operation's least only makes it faster */
 } lp_exec;
 

@@ -158,10 +158,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         read,
         "weight: the tensor is on device meta; move it to the CPU",
     ),
-    "cuda by device": (
+    "cuda on the CPU's own": (
         lambda: Producer(matrix(), device=(CUDA, 0)),
-        read,
-        "weight: the tensor is on device cuda",
+        write,
+        "tensor: the tensor is on device cuda",
     ),
     "cuda by capsule": (lambda: Producer(matrix(), on_cuda), read, "the capsule's tensor is on device cuda"),
     "odd device": (lambda: Producer(matrix(), device=None), read, "must return a .type, index. pair"),

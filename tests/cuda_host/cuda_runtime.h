@@ -90,7 +90,12 @@ static inline void lp_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32
 
 /* --- the runtime: device memory is memory ------------------------------------------------------------------------------ */
 
-typedef enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101 } cudaError_t;
+typedef enum {
+    cudaSuccess = 0,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101
+} cudaError_t;
 typedef struct simt_stream *cudaStream_t;
 typedef enum { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 } cudaStreamCaptureStatus;
 enum { cudaMemcpyHostToDevice = 1 };

@@ -1,9 +1,7 @@
 /* gemm.cu's functions without cuBLAS: the definition, summed in float64 and rounded once. */
 #include "cuda_runtime.h"
 
-extern "C" {
-#include "check.h"
-}
+#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/internal.h"
 
 #include <stdlib.h>
@@ -30,8 +28,8 @@ extern "C" lp_status lp_gemm_run(void *, const lp_gemm *gemm, cudaStream_t, lp_e
                 double sum = 0;
 
                 for (size_t t = j * gemm->tokens; t < (j + 1) * gemm->tokens; t++)
-                    sum += value_at(gemm->dy, gemm->dtype, t * gemm->dy_stride + r) *
-                           value_at(gemm->x, gemm->dtype, t * gemm->x_stride + c);
+                    sum += lp_load(gemm->dy, gemm->dtype, t * gemm->dy_stride + r) *
+                           lp_load(gemm->x, gemm->dtype, t * gemm->x_stride + c);
                 sum *= gemm->scale;
                 if (gemm->dtype == LP_F64)
                     ((double *)gemm->g)[j * tile + r * gemm->columns + c] = sum;

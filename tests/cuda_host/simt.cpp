@@ -13,7 +13,8 @@
 #include <random>
 #include <vector>
 
-namespace {
+namespace
+{
 
 enum { STACK = 128 * 1024 };
 
@@ -179,12 +180,14 @@ void multiply_matrices(warp_state &warp)
         unsigned group = lane / 4, pair = lane % 4 * 2;
 
         for (unsigned i = 0; i < 8; i++) {
-            unsigned row = i < 2 || (i >= 4 && i < 6) ? group : group + 8, column = pair + (i & 1) + (i >= 4 ? 8 : 0);
+            unsigned row = i < 2 || (i >= 4 && i < 6) ? group : group + 8,
+                     column = pair + (i & 1) + (i >= 4 ? 8 : 0);
 
             a[row][column] = value_of((uint16_t)(in.a[i / 2] >> 16 * (i & 1)), in.brain);
         }
         for (unsigned i = 0; i < 4; i++)
-            b[pair + (i & 1) + (i >= 2 ? 8 : 0)][group] = value_of((uint16_t)(in.b[i / 2] >> 16 * (i & 1)), in.brain);
+            b[pair + (i & 1) + (i >= 2 ? 8 : 0)][group] =
+                value_of((uint16_t)(in.b[i / 2] >> 16 * (i & 1)), in.brain);
     }
     for (unsigned lane = 0; lane < 32; lane++)
         for (unsigned i = 0; i < 4; i++) {

@@ -19,7 +19,8 @@ struct cut {
     std::unique_ptr<unsigned char[]> data; /* exactly the tensor, so that a checker sees a byte beyond */
 
     /* chance in percent that a position stays; 0 keeps one position, 100 all of them. */
-    cut(const std::vector<size_t> &shape_, size_t width_, const std::vector<int> &chance) : shape(shape_), width(width_)
+    cut(const std::vector<size_t> &shape_, size_t width_, const std::vector<int> &chance)
+        : shape(shape_), width(width_)
     {
         size_t bytes = width;
 
@@ -76,9 +77,9 @@ struct cut {
 };
 
 static const std::vector<size_t> shapes[] = {
-    {1},          {17},        {3000},     {1, 1},        {1, 40},      {40, 1},        {13, 29},     {64, 64},
-    {100, 48},    {7, 1500},   {30, 1100}, {20, 2500},    {2, 9000},    {5, 6, 7},      {4, 33, 16},  {3, 2, 1200},
-    {12, 5, 3, 3}, {2, 3, 4, 5}, {16, 16, 2, 2},
+    {1},         {17},         {3000},        {1, 1},       {1, 40},        {40, 1},   {13, 29},
+    {64, 64},    {100, 48},    {7, 1500},     {30, 1100},   {20, 2500},     {2, 9000}, {5, 6, 7},
+    {4, 33, 16}, {3, 2, 1200}, {12, 5, 3, 3}, {2, 3, 4, 5}, {16, 16, 2, 2},
 };
 static const int chances[] = {0, 10, 50, 80, 97, 100};
 
@@ -98,10 +99,11 @@ static void check_waves(const cut &c, uint64_t stage)
     lp_wave wave;
     uint64_t at, waves = 0, word, direct = 0;
 
-    lp_wave_layout_make(&layout, (uintptr_t)c.data.get(), c.width, c.shape.data(), c.shape.size(), c.kept.data());
+    lp_wave_layout_make(&layout, (uintptr_t)c.data.get(), c.width, c.shape.data(), c.shape.size(),
+                        c.kept.data());
     word = layout.word;
-    CHECK(layout.total * word == c.want.size() && (uintptr_t)c.data.get() % word == 0, "%s: %llu words of %llu", c.name(),
-          (unsigned long long)layout.total, (unsigned long long)word);
+    CHECK(layout.total * word == c.want.size() && (uintptr_t)c.data.get() % word == 0,
+          "%s: %llu words of %llu", c.name(), (unsigned long long)layout.total, (unsigned long long)word);
     for (uint64_t p = 0; p < layout.total; p++)
         if (memcmp(c.want.data() + p * word, c.data.get() + lp_wave_source(&layout, p) * word, word) != 0) {
             CHECK(false, "%s: the source of word %llu", c.name(), (unsigned long long)p);
@@ -109,24 +111,26 @@ static void check_waves(const cut &c, uint64_t stage)
         }
     at = lp_wave_start(&layout);
     for (uint64_t p = 0; p < at; p++)
-        CHECK(lp_wave_source(&layout, p) == p, "%s: word %llu is not in place", c.name(), (unsigned long long)p);
+        CHECK(lp_wave_source(&layout, p) == p, "%s: word %llu is not in place", c.name(),
+              (unsigned long long)p);
     while (lp_wave_next(&layout, at, stage, &wave)) {
-        CHECK(wave.begin == at && wave.end > at && wave.end <= layout.total, "%s: a wave [%llu, %llu)", c.name(),
-              (unsigned long long)wave.begin, (unsigned long long)wave.end);
+        CHECK(wave.begin == at && wave.end > at && wave.end <= layout.total, "%s: a wave [%llu, %llu)",
+              c.name(), (unsigned long long)wave.begin, (unsigned long long)wave.end);
         if (wave.staged)
             CHECK(wave.end - wave.begin <= stage, "%s: beyond the stage", c.name());
         else
             /* Every source of this wave and of all to come lies at S(begin) or above. */
-            CHECK(lp_wave_source(&layout, wave.begin) >= wave.end, "%s: [%llu, %llu) overwrites a source", c.name(),
-                  (unsigned long long)wave.begin, (unsigned long long)wave.end);
+            CHECK(lp_wave_source(&layout, wave.begin) >= wave.end, "%s: [%llu, %llu) overwrites a source",
+                  c.name(), (unsigned long long)wave.begin, (unsigned long long)wave.end);
         direct += wave.staged ? 0 : 1;
         at = wave.end;
         ++waves;
     }
     CHECK(at == layout.total || lp_wave_start(&layout) == layout.total, "%s: %llu of %llu words", c.name(),
           (unsigned long long)at, (unsigned long long)layout.total);
-    CHECK(waves <= 2 * (layout.total / (stage < layout.total ? stage : layout.total) + 1), "%s: %llu waves with a stage of %llu",
-          c.name(), (unsigned long long)waves, (unsigned long long)stage);
+    CHECK(waves <= 2 * (layout.total / (stage < layout.total ? stage : layout.total) + 1),
+          "%s: %llu waves with a stage of %llu", c.name(), (unsigned long long)waves,
+          (unsigned long long)stage);
     (void)direct;
 }
 
@@ -173,8 +177,8 @@ static void check_in_place(std::vector<cut> &cuts, size_t scratch)
     }
     CHECK(status == LP_OK, "%s", err.message);
     for (const cut &c : cuts)
-        CHECK(memcmp(c.data.get(), c.want.data(), c.want.size()) == 0, "%s, one of %zu, scratch %zu", c.name(), cuts.size(),
-              scratch);
+        CHECK(memcmp(c.data.get(), c.want.data(), c.want.size()) == 0, "%s, one of %zu, scratch %zu",
+              c.name(), cuts.size(), scratch);
 }
 
 static void check_into(const cut &c)
@@ -185,8 +189,8 @@ static void check_into(const cut &c)
     std::unique_ptr<unsigned char[]> target(new unsigned char[c.want.size()]);
 
     memset(target.get(), 0xee, c.want.size());
-    CHECK(lp_cuda()->operations->compact_into(target.get(), c.data.get(), c.width, c.shape.data(), c.shape.size(),
-                                              c.kept.data(), &device.exec, &err) == LP_OK,
+    CHECK(lp_cuda()->operations->compact_into(target.get(), c.data.get(), c.width, c.shape.data(),
+                                              c.shape.size(), c.kept.data(), &device.exec, &err) == LP_OK,
           "%s", err.message);
     CHECK(memcmp(target.get(), c.want.data(), c.want.size()) == 0, "into: %s", c.name());
     CHECK(memcmp(before.data(), c.data.get(), before.size()) == 0, "into: %s changed its source", c.name());
@@ -201,19 +205,24 @@ static void check_refusals(void)
     opened device(1 << 14);
     const lp_backend *operations = lp_cuda()->operations;
 
-    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, bad, &device.exec, &err) == LP_ERR_ARGUMENT, "twice");
+    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, bad, &device.exec, &err) == LP_ERR_ARGUMENT,
+          "twice");
     bad[0] = {outside, 1};
-    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, bad, &device.exec, &err) == LP_ERR_ARGUMENT, "outside");
-    CHECK(operations->compact(c.data.get(), 3, c.shape.data(), 2, c.kept.data(), &device.exec, &err) == LP_ERR_ARGUMENT,
+    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, bad, &device.exec, &err) == LP_ERR_ARGUMENT,
+          "outside");
+    CHECK(operations->compact(c.data.get(), 3, c.shape.data(), 2, c.kept.data(), &device.exec, &err) ==
+              LP_ERR_ARGUMENT,
           "width 3");
     simt_device.capturing = true;
-    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, c.kept.data(), &device.exec, &err) == LP_ERR_DEVICE &&
+    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, c.kept.data(), &device.exec, &err) ==
+                  LP_ERR_DEVICE &&
               strstr(err.message, "cudaErrorStreamCaptureUnsupported") != NULL,
           "%s", err.message);
     simt_device.capturing = false;
     simt_device.fail = cudaErrorMemoryAllocation;
     c = cut({60, 60}, 4, {50, 50});
-    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, c.kept.data(), &device.exec, &err) == LP_ERR_NOMEM &&
+    CHECK(operations->compact(c.data.get(), 4, c.shape.data(), 2, c.kept.data(), &device.exec, &err) ==
+                  LP_ERR_NOMEM &&
               strstr(err.message, "cudaErrorMemoryAllocation") != NULL,
           "%s", err.message);
     CHECK(cudaGetLastError() == cudaSuccess, "an error is left behind");

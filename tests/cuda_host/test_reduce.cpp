@@ -45,17 +45,20 @@ static void check_scores(const std::vector<size_t> &shape, lp_score_kind kind, s
 
         for (size_t d = shape.size(); d-- > 0; left /= shape[d]) {
             want[d][left % shape[d]] += e;
-            bound[d][left % shape[d]] += fabs(v[0] * v[1]) + fabs(v[0] * v[0] * v[2]) + fabs(v[0]) + v[0] * v[0];
+            bound[d][left % shape[d]] +=
+                fabs(v[0] * v[1]) + fabs(v[0] * v[0] * v[2]) + fabs(v[0]) + v[0] * v[0];
         }
     }
-    status = lp_cuda()->operations->tensor_scores({values[0], dtypes[0]}, {values[1], dtypes[1]}, {values[2], dtypes[2]},
-                                                  shape.data(), shape.size(), kind, outs.data(), &device.exec, &err);
+    status = lp_cuda()->operations->tensor_scores({values[0], dtypes[0]}, {values[1], dtypes[1]},
+                                                  {values[2], dtypes[2]}, shape.data(), shape.size(), kind,
+                                                  outs.data(), &device.exec, &err);
     CHECK(status == LP_OK, "%s", err.message);
     for (size_t d = 0; d < shape.size(); d++)
         for (size_t i = 0; i < shape[d]; i++)
-            CHECK(outs[d] == NULL ? got[d][i] == 2.0 : fabs(got[d][i] - 2.0 - want[d][i]) <= 1e-13 * bound[d][i] + 1e-15,
-                  "kind %d, %zu dimensions, index %zu of dimension %zu: %g, not %g", (int)kind, shape.size(), i, d,
-                  got[d][i] - 2.0, want[d][i]);
+            CHECK(outs[d] == NULL ? got[d][i] == 2.0
+                                  : fabs(got[d][i] - 2.0 - want[d][i]) <= 1e-13 * bound[d][i] + 1e-15,
+                  "kind %d, %zu dimensions, index %zu of dimension %zu: %g, not %g", (int)kind, shape.size(),
+                  i, d, got[d][i] - 2.0, want[d][i]);
     for (void *v : values)
         free(v);
 }
@@ -67,8 +70,9 @@ static void check_dots(size_t rows, size_t columns, lp_dtype dtype)
     void *a = random_values(dtype, rows * columns, 1), *b = random_values(dtype, rows * columns, 1);
     std::vector<double> out(columns, 1.0);
 
-    CHECK(lp_cuda()->operations->dot_columns(a, b, dtype, rows, columns, out.data(), &device.exec, &err) == LP_OK, "%s",
-          err.message);
+    CHECK(lp_cuda()->operations->dot_columns(a, b, dtype, rows, columns, out.data(), &device.exec, &err) ==
+              LP_OK,
+          "%s", err.message);
     for (size_t c = 0; c < columns; c++) {
         double want = 1.0, bound = 1.0;
 
@@ -78,7 +82,8 @@ static void check_dots(size_t rows, size_t columns, lp_dtype dtype)
             want += product;
             bound += fabs(product);
         }
-        CHECK(fabs(out[c] - want) <= 1e-13 * bound, "column %zu of %zu x %zu %s", c, rows, columns, value_name(dtype));
+        CHECK(fabs(out[c] - want) <= 1e-13 * bound, "column %zu of %zu x %zu %s", c, rows, columns,
+              value_name(dtype));
     }
     free(a);
     free(b);
@@ -93,10 +98,12 @@ static void check_squares(size_t count, lp_dtype acc_dtype, lp_dtype dtype)
 
     for (size_t i = 0; i < count; i++)
         want[i] = value_at(acc, acc_dtype, i) + 0.3 * value_at(grad, dtype, i) * value_at(grad, dtype, i);
-    CHECK(lp_cuda()->operations->accumulate_square(acc, acc_dtype, {grad, dtype}, 0.3, count, &device.exec, &err) == LP_OK,
+    CHECK(lp_cuda()->operations->accumulate_square(acc, acc_dtype, {grad, dtype}, 0.3, count, &device.exec,
+                                                   &err) == LP_OK,
           "%s", err.message);
     for (size_t i = 0; i < count; i++)
-        CHECK(fabs(value_at(acc, acc_dtype, i) - want[i]) <= (acc_dtype == LP_F64 ? 1e-15 : 7e-8) * (fabs(want[i]) + 1),
+        CHECK(fabs(value_at(acc, acc_dtype, i) - want[i]) <=
+                  (acc_dtype == LP_F64 ? 1e-15 : 7e-8) * (fabs(want[i]) + 1),
               "square %zu of %zu", i, count);
     free(acc);
     free(grad);
@@ -105,9 +112,28 @@ static void check_squares(size_t count, lp_dtype acc_dtype, lp_dtype dtype)
 int main(void)
 {
     static const std::vector<size_t> shapes[] = {
-        {1},       {31},     {32},      {33},        {5000},       {1, 1},     {7, 31},   {7, 32},   {33, 33},
-        {300, 5},  {2, 700}, {3, 9000}, {65, 40},    {1000, 1},    {4, 5, 6},  {3, 2, 40}, {8, 33, 31}, {2, 64, 65},
-        {6, 4, 3, 3}, {5, 2, 40, 1}, {2, 3, 2, 3, 2}, {2, 2, 2, 2, 2, 2, 2, 2},
+        {1},
+        {31},
+        {32},
+        {33},
+        {5000},
+        {1, 1},
+        {7, 31},
+        {7, 32},
+        {33, 33},
+        {300, 5},
+        {2, 700},
+        {3, 9000},
+        {65, 40},
+        {1000, 1},
+        {4, 5, 6},
+        {3, 2, 40},
+        {8, 33, 31},
+        {2, 64, 65},
+        {6, 4, 3, 3},
+        {5, 2, 40, 1},
+        {2, 3, 2, 3, 2},
+        {2, 2, 2, 2, 2, 2, 2, 2},
     };
     lp_error err = {};
     opened device(256);
@@ -117,7 +143,8 @@ int main(void)
 
     for (const std::vector<size_t> &s : shapes)
         for (int kind = LP_SCORE_VECTOR; kind <= LP_SCORE_L2; kind++)
-            check_scores(s, (lp_score_kind)kind, random_below(2) == 1 ? 1 << 16 : 256 + random_below(5) * 256);
+            check_scores(s, (lp_score_kind)kind,
+                         random_below(2) == 1 ? 1 << 16 : 256 + random_below(5) * 256);
     for (int dtype = LP_F32; dtype <= LP_BF16; dtype++) {
         check_dots(1, 1, (lp_dtype)dtype);
         check_dots(70, 33, (lp_dtype)dtype);
@@ -127,13 +154,15 @@ int main(void)
             for (size_t count : {(size_t)1, (size_t)255, (size_t)257, (size_t)30000})
                 check_squares(count, acc, (lp_dtype)dtype);
     }
-    CHECK(lp_cuda()->operations->accumulate_square(&w, LP_BF16, {&w, LP_F32}, 1, 1, &device.exec, &err) == LP_ERR_ARGUMENT,
+    CHECK(lp_cuda()->operations->accumulate_square(&w, LP_BF16, {&w, LP_F32}, 1, 1, &device.exec, &err) ==
+              LP_ERR_ARGUMENT,
           "squares in bfloat16");
-    CHECK(lp_cuda()->operations->tensor_scores({&w, LP_F32}, {NULL, LP_F32}, {NULL, LP_F32}, shape, 1, LP_SCORE_ELEMENT1, outs,
-                                               &device.exec, &err) == LP_ERR_ARGUMENT,
+    CHECK(lp_cuda()->operations->tensor_scores({&w, LP_F32}, {NULL, LP_F32}, {NULL, LP_F32}, shape, 1,
+                                               LP_SCORE_ELEMENT1, outs, &device.exec,
+                                               &err) == LP_ERR_ARGUMENT,
           "no gradient");
-    CHECK(lp_cuda()->operations->tensor_scores({&w, LP_F32}, {NULL, LP_F32}, {NULL, LP_F32}, none, 1, LP_SCORE_L1, outs,
-                                               &device.exec, &err) == LP_ERR_ARGUMENT,
+    CHECK(lp_cuda()->operations->tensor_scores({&w, LP_F32}, {NULL, LP_F32}, {NULL, LP_F32}, none, 1,
+                                               LP_SCORE_L1, outs, &device.exec, &err) == LP_ERR_ARGUMENT,
           "an empty dimension");
     return check_finish("cuda_host/test_reduce");
 }

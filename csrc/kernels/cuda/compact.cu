@@ -15,15 +15,16 @@ extern "C" {
 
 enum {
     THREADS = 256,
-    TILE_ROWS = 8,                 /* of a block, where rows are long: */
-    TILE_EACH = 4,                 /* a thread has this many columns in each of them, and reads their positions once */
+    TILE_ROWS = 8, /* of a block, where rows are long: */
+    TILE_EACH = 4, /* a thread has this many columns in each of them, and reads their positions once */
     TILE_COLUMNS = THREADS * TILE_EACH,
-    LINE_EACH = 16,                /* words of a thread, where rows are short or words adjacent */
+    LINE_EACH = 16, /* words of a thread, where rows are short or words adjacent */
     LINE_WORDS = THREADS * LINE_EACH,
-    STAGE_MIN = 1024               /* bytes of stage that a tensor should have at least */
+    STAGE_MIN = 1024 /* bytes of stage that a tensor should have at least */
 };
 
-namespace {
+namespace
+{
 
 struct move_dim {
     uint64_t count, stride;
@@ -154,7 +155,8 @@ __device__ void move_tile(const move_tensor &tensor, const move_segment &segment
 }
 
 template <typename word_t>
-__device__ __forceinline__ void move_words(const move_tensor &tensor, const move_segment &segment, uint64_t block)
+__device__ __forceinline__ void move_words(const move_tensor &tensor, const move_segment &segment,
+                                           uint64_t block)
 {
     if (segment.column_blocks == 0)
         move_line<word_t>(tensor, segment, block);
@@ -162,7 +164,8 @@ __device__ __forceinline__ void move_words(const move_tensor &tensor, const move
         move_tile<word_t>(tensor, segment, block);
 }
 
-__global__ void __launch_bounds__(THREADS) move(const move_tensor *tensors, const move_segment *segments, uint32_t count)
+__global__ void __launch_bounds__(THREADS)
+    move(const move_tensor *tensors, const move_segment *segments, uint32_t count)
 {
     uint32_t low = 0, high = count;
 
@@ -230,7 +233,8 @@ lp_status push(moves *m, array *a, const void *element, lp_error *err)
     return status;
 }
 
-lp_status add_segment(moves *m, launch *l, uint32_t tensor, const lp_wave *wave, move_kind kind, lp_error *err)
+lp_status add_segment(moves *m, launch *l, uint32_t tensor, const lp_wave *wave, move_kind kind,
+                      lp_error *err)
 {
     const lp_wave_layout *layout = &m->layouts[tensor];
     uint64_t row = layout->dim[layout->ndim - 1].count, blocks;
@@ -245,7 +249,8 @@ lp_status add_segment(moves *m, launch *l, uint32_t tensor, const lp_wave *wave,
         blocks = (wave->end - wave->begin + LINE_WORDS - 1) / LINE_WORDS;
     }
     if (blocks > INT32_MAX - l->blocks)
-        return lp_error_set(err, LP_ERR_UNSUPPORTED, "too much to compact in one call: %llu blocks of threads",
+        return lp_error_set(err, LP_ERR_UNSUPPORTED,
+                            "too much to compact in one call: %llu blocks of threads",
                             (unsigned long long)blocks);
     l->blocks += (uint32_t)blocks;
     l->count++;
@@ -276,7 +281,8 @@ lp_status add_step(moves *m, bool in_place, bool *any, lp_error *err)
     for (size_t i = 0; i < m->count && status == LP_OK; i++) {
         if (m->done[i] >= m->layouts[i].total)
             continue;
-        status = add_segment(m, &direct, (uint32_t)i, &m->waves[i], m->waves[i].staged ? COPY_FROM_STAGE : GATHER, err);
+        status = add_segment(m, &direct, (uint32_t)i, &m->waves[i],
+                             m->waves[i].staged ? COPY_FROM_STAGE : GATHER, err);
         m->done[i] = m->waves[i].end;
     }
     if (status == LP_OK && staged.count > 0)
@@ -293,7 +299,8 @@ lp_status add_positions(moves *m, const lp_wave_dim *dim, lp_error *err)
         lp_status status;
 
         if ((int64_t)position != dim->position[k])
-            return lp_error_set(err, LP_ERR_UNSUPPORTED, "a dimension of more than 2^32 elements cannot be compacted");
+            return lp_error_set(err, LP_ERR_UNSUPPORTED,
+                                "a dimension of more than 2^32 elements cannot be compacted");
         status = push(m, &m->positions, &position, err);
         if (status != LP_OK)
             return status;
@@ -302,8 +309,8 @@ lp_status add_positions(moves *m, const lp_wave_dim *dim, lp_error *err)
 }
 
 /* Describe tensor i; its positions' addresses are offsets into m->positions (plus one) until everything is placed. */
-lp_status add_tensor(moves *m, size_t i, const lp_cuda_tensor *t, unsigned char *target, const unsigned char *source,
-                     lp_error *err)
+lp_status add_tensor(moves *m, size_t i, const lp_cuda_tensor *t, unsigned char *target,
+                     const unsigned char *source, lp_error *err)
 {
     lp_wave_layout *layout = &m->layouts[i];
     move_tensor tensor = {};
@@ -311,7 +318,8 @@ lp_status add_tensor(moves *m, size_t i, const lp_cuda_tensor *t, unsigned char 
     lp_wave_layout_make(layout, (uintptr_t)target | (uintptr_t)source, t->width, t->shape, t->ndim, t->kept);
     tensor.source = source;
     tensor.target = target;
-    tensor.stage = (unsigned char *)m->exec->scratch + m->exec->scratch_bytes - (m->count - i) * m->stage_bytes;
+    tensor.stage =
+        (unsigned char *)m->exec->scratch + m->exec->scratch_bytes - (m->count - i) * m->stage_bytes;
     tensor.word = layout->word;
     tensor.ndim = layout->ndim;
     m->done[i] = source == target ? lp_wave_start(layout) : 0;
@@ -351,10 +359,11 @@ lp_status carry_out(moves *m, lp_error *err)
     if (m->launches.count == 0)
         return LP_OK;
     if (bytes > room)
-        return lp_error_set(err, LP_ERR_NOMEM,
-                            "compacting in place needs %zu bytes of scratch on the device to describe the moves, and "
-                            "has %zu",
-                            bytes, room);
+        return lp_error_set(
+            err, LP_ERR_NOMEM,
+            "compacting in place needs %zu bytes of scratch on the device to describe the moves, and "
+            "has %zu",
+            bytes, room);
     for (size_t i = 0; i < m->count; i++) {
         move_tensor *tensor = (move_tensor *)m->tensors.data + i;
 
@@ -379,7 +388,8 @@ lp_status carry_out(moves *m, lp_error *err)
         const launch *l = (const launch *)m->launches.data + i;
 
         LP_LAUNCH(move, l->blocks, THREADS, 0, stream, (const move_tensor *)device,
-                  (const move_segment *)(device + tensor_bytes + position_bytes) + l->first, (uint32_t)l->count);
+                  (const move_segment *)(device + tensor_bytes + position_bytes) + l->first,
+                  (uint32_t)l->count);
     }
     return lp_cuda_launched(err, "compacting");
 }
@@ -399,19 +409,20 @@ lp_status plan_and_run(moves *m, const lp_cuda_tensor *tensors, const unsigned c
     return status == LP_OK ? carry_out(m, err) : status;
 }
 
-lp_status check_tensor(const char *operation, const void *data, size_t width, const size_t *shape, size_t ndim,
-                       const lp_kept *kept, lp_error *err)
+lp_status check_tensor(const char *operation, const void *data, size_t width, const size_t *shape,
+                       size_t ndim, const lp_kept *kept, lp_error *err)
 {
     size_t bytes = width;
 
     if (data == NULL || shape == NULL || kept == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "%s was given a NULL tensor", operation);
     if (ndim < 1 || ndim > LP_MAX_DIMS || (width != 1 && width != 2 && width != 4 && width != 8))
-        return lp_error_set(err, LP_ERR_ARGUMENT, "%s cannot take %zu dimensions of %zu-byte elements", operation, ndim,
-                            width);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "%s cannot take %zu dimensions of %zu-byte elements",
+                            operation, ndim, width);
     for (size_t d = 0; d < ndim; d++) {
         if (shape[d] < 1 || (kept[d].position != NULL && (kept[d].count < 1 || kept[d].count > shape[d])))
-            return lp_error_set(err, LP_ERR_ARGUMENT, "%s cannot keep %zu of the %zu positions of dimension %zu", operation,
+            return lp_error_set(err, LP_ERR_ARGUMENT,
+                                "%s cannot keep %zu of the %zu positions of dimension %zu", operation,
                                 kept[d].count, shape[d], d);
         if (!lp_mul_size(bytes, shape[d], &bytes))
             return lp_error_set(err, LP_ERR_OVERFLOW, "%s was given a tensor that fits no memory", operation);
@@ -420,8 +431,8 @@ lp_status check_tensor(const char *operation, const void *data, size_t width, co
 
             if (at < 0 || (uint64_t)at >= shape[d] || (k > 0 && at <= kept[d].position[k - 1]))
                 return lp_error_set(err, LP_ERR_ARGUMENT,
-                                    "%s was given positions of dimension %zu that do not rise within 0..%zu", operation, d,
-                                    shape[d] - 1);
+                                    "%s was given positions of dimension %zu that do not rise within 0..%zu",
+                                    operation, d, shape[d] - 1);
         }
     }
     return LP_OK;
@@ -464,8 +475,8 @@ lp_status run(const char *operation, const lp_cuda_tensor *tensors, size_t count
     return status;
 }
 
-lp_status enter_and_run(const char *operation, const lp_cuda_tensor *tensors, size_t count, const unsigned char *source,
-                        const lp_exec *exec, lp_error *err)
+lp_status enter_and_run(const char *operation, const lp_cuda_tensor *tensors, size_t count,
+                        const unsigned char *source, const lp_exec *exec, lp_error *err)
 {
     int before;
     lp_status status = LP_OK;
@@ -486,21 +497,23 @@ lp_status enter_and_run(const char *operation, const lp_cuda_tensor *tensors, si
 
 } // namespace
 
-extern "C" lp_status lp_cuda_compact_many(const lp_cuda_tensor *tensors, size_t count, const lp_exec *exec, lp_error *err)
+extern "C" lp_status lp_cuda_compact_many(const lp_cuda_tensor *tensors, size_t count, const lp_exec *exec,
+                                          lp_error *err)
 {
     return enter_and_run("compact_many", tensors, count, NULL, exec, err);
 }
 
-extern "C" lp_status lp_cuda_compact(void *data, size_t width, const size_t *shape, size_t ndim, const lp_kept *kept,
-                                     const lp_exec *exec, lp_error *err)
+extern "C" lp_status lp_cuda_compact(void *data, size_t width, const size_t *shape, size_t ndim,
+                                     const lp_kept *kept, const lp_exec *exec, lp_error *err)
 {
     lp_cuda_tensor tensor = {data, width, ndim, shape, kept};
 
     return enter_and_run("compact", &tensor, 1, NULL, exec, err);
 }
 
-extern "C" lp_status lp_cuda_compact_into(void *target, const void *source, size_t width, const size_t *shape, size_t ndim,
-                                          const lp_kept *kept, const lp_exec *exec, lp_error *err)
+extern "C" lp_status lp_cuda_compact_into(void *target, const void *source, size_t width, const size_t *shape,
+                                          size_t ndim, const lp_kept *kept, const lp_exec *exec,
+                                          lp_error *err)
 {
     lp_cuda_tensor tensor = {target, width, ndim, shape, kept};
 

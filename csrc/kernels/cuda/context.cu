@@ -6,8 +6,8 @@ enum { MAJOR_MIN = 7, MINOR_MIN = 5 };
 lp_status lp_cuda_failed(lp_error *err, cudaError_t error, const char *doing)
 {
     (void)cudaGetLastError(); /* not to be found by the next call */
-    return lp_error_set(err, error == cudaErrorMemoryAllocation ? LP_ERR_NOMEM : LP_ERR_DEVICE, "%s: %s (%s)", doing,
-                        cudaGetErrorName(error), cudaGetErrorString(error));
+    return lp_error_set(err, error == cudaErrorMemoryAllocation ? LP_ERR_NOMEM : LP_ERR_DEVICE, "%s: %s (%s)",
+                        doing, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
 lp_status lp_cuda_launched(lp_error *err, const char *doing)
@@ -61,10 +61,12 @@ lp_status lp_cuda_not_capturing(const lp_exec *exec, const char *operation, lp_e
 lp_status lp_cuda_check_scratch(const lp_exec *exec, size_t need, const char *operation, lp_error *err)
 {
     if (exec->scratch_bytes < need || exec->scratch == NULL)
-        return lp_error_set(err, LP_ERR_NOMEM, "%s needs %zu bytes of scratch on the device and was given %zu", operation,
-                            need, exec->scratch == NULL ? 0 : exec->scratch_bytes);
+        return lp_error_set(err, LP_ERR_NOMEM,
+                            "%s needs %zu bytes of scratch on the device and was given %zu", operation, need,
+                            exec->scratch == NULL ? 0 : exec->scratch_bytes);
     if ((uintptr_t)exec->scratch % 256 != 0)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "%s was given scratch that is not aligned to 256 bytes", operation);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "%s was given scratch that is not aligned to 256 bytes",
+                            operation);
     return LP_OK;
 }
 
@@ -84,7 +86,8 @@ static lp_status probe(int *count, lp_error *err)
 
 static lp_status open_device(lp_cuda_context *context, lp_error *err)
 {
-    cudaError_t error = cudaDeviceGetAttribute(&context->major, cudaDevAttrComputeCapabilityMajor, context->device);
+    cudaError_t error =
+        cudaDeviceGetAttribute(&context->major, cudaDevAttrComputeCapabilityMajor, context->device);
 
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&context->minor, cudaDevAttrComputeCapabilityMinor, context->device);
@@ -93,9 +96,10 @@ static lp_status open_device(lp_cuda_context *context, lp_error *err)
     if (error != cudaSuccess)
         return lp_cuda_failed(err, error, "reading the CUDA device's properties");
     if (context->major < MAJOR_MIN || (context->major == MAJOR_MIN && context->minor < MINOR_MIN))
-        return lp_error_set(err, LP_ERR_DEVICE,
-                            "CUDA device %d has compute capability %d.%d, and llmprune's kernels need %d.%d or newer",
-                            context->device, context->major, context->minor, MAJOR_MIN, MINOR_MIN);
+        return lp_error_set(
+            err, LP_ERR_DEVICE,
+            "CUDA device %d has compute capability %d.%d, and llmprune's kernels need %d.%d or newer",
+            context->device, context->major, context->minor, MAJOR_MIN, MINOR_MIN);
     if (lp_fused_supported(context)) {
         lp_status status = lp_fused_prepare(context, err);
 
@@ -117,7 +121,8 @@ static lp_status open(lp_cuda_context **out, int device, const lp_allocator *all
     if (status != LP_OK)
         return status;
     if (device < 0 || device >= count)
-        return lp_error_set(err, LP_ERR_DEVICE, "there is no CUDA device %d: this machine has %d", device, count);
+        return lp_error_set(err, LP_ERR_DEVICE, "there is no CUDA device %d: this machine has %d", device,
+                            count);
     context = (lp_cuda_context *)allocator->resize(allocator->ctx, NULL, 0, sizeof *context);
     if (context == NULL)
         return lp_error_set(err, LP_ERR_NOMEM, "no memory to open CUDA device %d", device);
@@ -147,8 +152,14 @@ static void close(lp_cuda_context *context)
 }
 
 static const lp_backend operations = {
-    LP_BACKEND_VERSION,       (uint32_t)sizeof(lp_backend), "cuda", lp_cuda_linear_scores, lp_cuda_dot_columns,
-    lp_cuda_tensor_scores,    lp_cuda_accumulate_square,    lp_cuda_compact,
+    LP_BACKEND_VERSION,
+    (uint32_t)sizeof(lp_backend),
+    "cuda",
+    lp_cuda_linear_scores,
+    lp_cuda_dot_columns,
+    lp_cuda_tensor_scores,
+    lp_cuda_accumulate_square,
+    lp_cuda_compact,
     lp_cuda_compact_into,
 };
 

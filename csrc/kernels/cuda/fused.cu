@@ -14,7 +14,8 @@ extern "C" {
 
 enum { SHARED_BYTES = 2 * LP_FUSED_OPERAND * LP_FUSED_STAGES, HALF_STEPS = LP_FUSED_TOKENS / 16 };
 
-namespace {
+namespace
+{
 
 struct fused_job {
     const void *weight;
@@ -25,6 +26,8 @@ struct fused_job {
     double *row_parts, *column_parts; /* (column tiles, rows), (row tiles, columns) */
     unsigned column_tiles;
 };
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 /* older devices are never asked to run it */
 
 /* Where a pipeline stage's tokens come from; walks over all samples. */
 struct position {
@@ -38,7 +41,7 @@ struct position {
     {
         size_t left = job.tokens - token;
 
-        return left < LP_FUSED_TOKENS ? (unsigned)left : LP_FUSED_TOKENS;
+        return left < LP_FUSED_TOKENS ? (unsigned)left : (unsigned)LP_FUSED_TOKENS;
     }
     __device__ bool ends_sample(const fused_job &job) const
     {
@@ -62,7 +65,8 @@ __device__ __forceinline__ void fetch(const fused_job &job, const position &at, 
     const unsigned chunk = lp_fused_copy_chunk(threadIdx.x), count = at.count(job);
     const size_t first = at.sample * job.tokens + at.token;
     const size_t row = row0 + chunk * 8, column = column0 + chunk * 8;
-    const unsigned row_bytes = lp_fused_valid(row, job.rows), column_bytes = lp_fused_valid(column, job.columns);
+    const unsigned row_bytes = lp_fused_valid(row, job.rows),
+                   column_bytes = lp_fused_valid(column, job.columns);
 
 #pragma unroll
     for (unsigned v = 0; v < 2; v++) {
@@ -70,7 +74,8 @@ __device__ __forceinline__ void fetch(const fused_job &job, const position &at, 
         bool inside = token < count;
         unsigned from_dy = inside ? row_bytes : 0, from_x = inside ? column_bytes : 0;
 
-        lp_copy16(stage + place, from_dy > 0 ? job.dy + (first + token) * job.dy_stride + row : job.dy, from_dy);
+        lp_copy16(stage + place, from_dy > 0 ? job.dy + (first + token) * job.dy_stride + row : job.dy,
+                  from_dy);
         lp_copy16(stage + LP_FUSED_OPERAND + place,
                   from_x > 0 ? job.x + (first + token) * job.x_stride + column : job.x, from_x);
     }
@@ -79,8 +84,8 @@ __device__ __forceinline__ void fetch(const fused_job &job, const position &at, 
 typedef float sums_t[LP_FUSED_M_TILES][LP_FUSED_N_TILES][4];
 
 template <lp_dtype dtype>
-__device__ __forceinline__ void multiply(sums_t &sums, const unsigned char *stage, unsigned count, unsigned lane,
-                                         unsigned warp)
+__device__ __forceinline__ void multiply(sums_t &sums, const unsigned char *stage, unsigned count,
+                                         unsigned lane, unsigned warp)
 {
 #pragma unroll
     for (unsigned step = 0; step < HALF_STEPS; step++) {
@@ -90,7 +95,8 @@ __device__ __forceinline__ void multiply(sums_t &sums, const unsigned char *stag
             break; /* the same for all threads */
 #pragma unroll
         for (unsigned m = 0; m < LP_FUSED_M_TILES; m++)
-            lp_load_transposed(a[m], stage + lp_fused_a_place(lane, step * 16, lp_fused_warp_row(warp) + m * 16));
+            lp_load_transposed(a[m],
+                               stage + lp_fused_a_place(lane, step * 16, lp_fused_warp_row(warp) + m * 16));
 #pragma unroll
         for (unsigned n = 0; n < LP_FUSED_N_TILES; n += 2) {
             uint32_t b[4];
@@ -109,10 +115,11 @@ __device__ __forceinline__ void multiply(sums_t &sums, const unsigned char *stag
 /* Multiply the tile's g and s with the weight, and add its rows and columns up. */
 template <lp_dtype dtype>
 __device__ __forceinline__ void finish(const fused_job &job, const sums_t &g, const sums_t &s, size_t row0,
-                                       size_t column0, unsigned row_tile, unsigned column_tile, unsigned char *shared)
+                                       size_t column0, unsigned row_tile, unsigned column_tile,
+                                       unsigned char *shared)
 {
-    double(*rows)[LP_FUSED_TILE] = (double(*)[LP_FUSED_TILE])shared; /* [2] */
-    double(*columns)[LP_FUSED_TILE] = rows + 2;                      /* [4] */
+    double (*rows)[LP_FUSED_TILE] = (double (*)[LP_FUSED_TILE])shared; /* [2] */
+    double (*columns)[LP_FUSED_TILE] = rows + 2;                       /* [4] */
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const unsigned warp_row = lp_fused_warp_row(warp), warp_column = lp_fused_warp_column(warp);
     const float share = 1.0f / (float)job.samples;
@@ -177,6 +184,8 @@ __device__ __forceinline__ void finish(const fused_job &job, const sums_t &g, co
     }
 }
 
+#endif
+
 template <lp_dtype dtype> __global__ void __launch_bounds__(LP_FUSED_THREADS, 1) fused_scores(fused_job job)
 {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -237,12 +246,13 @@ extern "C" bool lp_fused_supported(const lp_cuda_context *context)
 
 extern "C" lp_status lp_fused_prepare(const lp_cuda_context *context, lp_error *err)
 {
-    cudaError_t error = cudaFuncSetAttribute(fused_scores<LP_BF16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             SHARED_BYTES);
+    cudaError_t error = cudaFuncSetAttribute(fused_scores<LP_BF16>,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
 
     (void)context;
     if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(fused_scores<LP_F16>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+        error = cudaFuncSetAttribute(fused_scores<LP_F16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     SHARED_BYTES);
     return error == cudaSuccess ? LP_OK : lp_cuda_failed(err, error, "loading llmprune's kernels");
 }
 
@@ -273,11 +283,11 @@ extern "C" lp_status lp_fused_scores(const lp_linear *linear, double *row, doubl
         job.column_tiles = (unsigned)lp_ceil_div(job.columns, LP_FUSED_TILE);
         row_tiles = lp_ceil_div(job.rows, LP_FUSED_TILE);
         if (linear->dtype == LP_BF16)
-            LP_LAUNCH(fused_scores<LP_BF16>, (unsigned)(row_tiles * job.column_tiles), LP_FUSED_THREADS, SHARED_BYTES,
-                      stream, job);
+            LP_LAUNCH(fused_scores<LP_BF16>, (unsigned)(row_tiles * job.column_tiles), LP_FUSED_THREADS,
+                      SHARED_BYTES, stream, job);
         else
-            LP_LAUNCH(fused_scores<LP_F16>, (unsigned)(row_tiles * job.column_tiles), LP_FUSED_THREADS, SHARED_BYTES,
-                      stream, job);
+            LP_LAUNCH(fused_scores<LP_F16>, (unsigned)(row_tiles * job.column_tiles), LP_FUSED_THREADS,
+                      SHARED_BYTES, stream, job);
         lp_add_parts(row + first, job.row_parts, job.rows, job.column_tiles, job.rows, stream);
         lp_add_parts(col, job.column_parts, job.columns, row_tiles, job.columns, stream);
     }

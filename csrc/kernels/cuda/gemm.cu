@@ -14,8 +14,8 @@ typedef struct {
 static lp_status failed(lp_error *err, cublasStatus_t status, const char *doing)
 {
     (void)cudaGetLastError();
-    return lp_error_set(err, status == CUBLAS_STATUS_ALLOC_FAILED ? LP_ERR_NOMEM : LP_ERR_DEVICE, "%s: %s (%s)", doing,
-                        cublasGetStatusName(status), cublasGetStatusString(status));
+    return lp_error_set(err, status == CUBLAS_STATUS_ALLOC_FAILED ? LP_ERR_NOMEM : LP_ERR_DEVICE,
+                        "%s: %s (%s)", doing, cublasGetStatusName(status), cublasGetStatusString(status));
 }
 
 lp_status lp_gemm_open(void **out, const lp_allocator *allocator, lp_error *err)
@@ -32,8 +32,9 @@ lp_status lp_gemm_open(void **out, const lp_allocator *allocator, lp_error *err)
         return failed(err, status, "starting cuBLAS");
     }
     /* No TF32, which the default mode excludes, and no 16-bit partial sums, which it allows. */
-    status = cublasSetMathMode(
-        state->handle, (cublasMath_t)(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+    status =
+        cublasSetMathMode(state->handle, (cublasMath_t)(CUBLAS_DEFAULT_MATH |
+                                                        CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
     if (status != CUBLAS_STATUS_SUCCESS || pthread_mutex_init(&state->lock, NULL) != 0) {
         (void)cublasDestroy(state->handle);
         (void)allocator->resize(allocator->ctx, state, sizeof *state, 0);
@@ -87,10 +88,10 @@ static cublasStatus_t run(blas_state *state, const lp_gemm *g, cudaStream_t stre
     return cublasGemmStridedBatchedEx(
         state->handle, CUBLAS_OP_N, CUBLAS_OP_T, (int)g->columns, (int)g->rows, (int)g->tokens,
         wide ? (const void *)&wide_scale : (const void *)&scale, g->x, type, (int)g->x_stride,
-        (long long)(g->tokens * g->x_stride), g->dy, type, (int)g->dy_stride, (long long)(g->tokens * g->dy_stride),
-        wide ? (const void *)&wide_none : (const void *)&none, g->g, wide ? CUDA_R_64F : CUDA_R_32F, (int)g->columns,
-        (long long)(g->rows * g->columns), (int)g->group, wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,
-        CUBLAS_GEMM_DEFAULT);
+        (long long)(g->tokens * g->x_stride), g->dy, type, (int)g->dy_stride,
+        (long long)(g->tokens * g->dy_stride), wide ? (const void *)&wide_none : (const void *)&none, g->g,
+        wide ? CUDA_R_64F : CUDA_R_32F, (int)g->columns, (long long)(g->rows * g->columns), (int)g->group,
+        wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
 }
 
 lp_status lp_gemm_run(void *blas, const lp_gemm *gemm, cudaStream_t stream, lp_error *err)
@@ -98,10 +99,11 @@ lp_status lp_gemm_run(void *blas, const lp_gemm *gemm, cudaStream_t stream, lp_e
     blas_state *state = (blas_state *)blas;
     cublasStatus_t status;
 
-    if (gemm->tokens > INT_MAX || gemm->x_stride > INT_MAX || gemm->dy_stride > INT_MAX || gemm->rows > INT_MAX ||
-        gemm->columns > INT_MAX)
-        return lp_error_set(err, LP_ERR_UNSUPPORTED, "a linear layer of %zu x %zu with %zu tokens is too large for cuBLAS",
-                            gemm->rows, gemm->columns, gemm->tokens);
+    if (gemm->tokens > INT_MAX || gemm->x_stride > INT_MAX || gemm->dy_stride > INT_MAX ||
+        gemm->rows > INT_MAX || gemm->columns > INT_MAX)
+        return lp_error_set(err, LP_ERR_UNSUPPORTED,
+                            "a linear layer of %zu x %zu with %zu tokens is too large for cuBLAS", gemm->rows,
+                            gemm->columns, gemm->tokens);
     (void)pthread_mutex_lock(&state->lock);
     status = run(state, gemm, stream);
     (void)pthread_mutex_unlock(&state->lock);

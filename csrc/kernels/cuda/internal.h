@@ -12,9 +12,9 @@ extern "C" {
 
 struct lp_cuda_context {
     int device;
-    int major, minor;     /* compute capability */
-    int processors;       /* multiprocessors */
-    void *blas;           /* gemm.cu's */
+    int major, minor; /* compute capability */
+    int processors;   /* multiprocessors */
+    void *blas;       /* gemm.cu's */
     lp_allocator allocator;
 };
 
@@ -61,8 +61,8 @@ lp_status lp_gemm_run(void *blas, const lp_gemm *gemm, cudaStream_t stream, lp_e
 /* fused.cu: whether the device runs the fused kernel, and one strip of rows through it; see plan.h. */
 bool lp_fused_supported(const lp_cuda_context *context);
 lp_status lp_fused_prepare(const lp_cuda_context *context, lp_error *err);
-lp_status lp_fused_scores(const lp_linear *linear, double *row, double *col, const lp_exec *exec,
-                          bool *done, lp_error *err);
+lp_status lp_fused_scores(const lp_linear *linear, double *row, double *col, const lp_exec *exec, bool *done,
+                          lp_error *err);
 
 /* linear.cu: sums[i] += the sum over parts p of parts[p * stride + i], i < count, in the order of p. */
 void lp_add_parts(double *sums, const double *parts, size_t count, size_t part_count, size_t stride,

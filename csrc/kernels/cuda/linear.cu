@@ -9,24 +9,26 @@ extern "C" {
 
 enum { THREADS = 256, WARPS = THREADS / 32, EACH = LP_REDUCE_COLUMNS / THREADS };
 
-namespace {
+namespace
+{
 
 /* One tile of the weight and its samples' gradients. */
 struct tile_job {
     const void *weight;    /* its first element */
     size_t weight_stride;  /* elements */
     const void *gradients; /* (group, rows, columns) */
-    void *mean, *square;   /* (rows, columns): sums over earlier groups; NULL where the group is all samples */
+    void *mean, *square; /* (rows, columns): sums over earlier groups; NULL where the group is all samples */
     size_t rows, columns, group;
-    bool first, last;      /* group */
-    bool second;           /* order */
-    double share;          /* 1 / samples; 1 for order 1, whose gradients are scaled already */
-    double *row_parts;     /* (gridDim.x, rows) */
-    double *column_parts;  /* (gridDim.y, columns) */
+    bool first, last;     /* group */
+    bool second;          /* order */
+    double share;         /* 1 / samples; 1 for order 1, whose gradients are scaled already */
+    double *row_parts;    /* (gridDim.x, rows) */
+    double *column_parts; /* (gridDim.y, columns) */
 };
 
 /* Sum element `at` of the tile over the group's samples, and over the groups before it. */
-template <typename real> __device__ __forceinline__ void gather_samples(const tile_job &job, size_t at, real *g, real *s)
+template <typename real>
+__device__ __forceinline__ void gather_samples(const tile_job &job, size_t at, real *g, real *s)
 {
     const real *gradient = (const real *)job.gradients + at;
     size_t size = job.rows * job.columns;
@@ -50,7 +52,8 @@ template <lp_dtype dtype> __global__ void __launch_bounds__(THREADS) reduce_tile
 {
     typedef typename lp_element_of<dtype>::real real;
     __shared__ double row_sums[WARPS][LP_REDUCE_ROWS];
-    const size_t first_row = (size_t)blockIdx.y * LP_REDUCE_ROWS, first_column = (size_t)blockIdx.x * LP_REDUCE_COLUMNS;
+    const size_t first_row = (size_t)blockIdx.y * LP_REDUCE_ROWS,
+                 first_column = (size_t)blockIdx.x * LP_REDUCE_COLUMNS;
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     double columns[EACH] = {};
 
@@ -116,7 +119,8 @@ __global__ void add_parts(double *sums, const double *parts, size_t count, size_
 
 void launch_reduction(const tile_job &job, lp_dtype dtype, cudaStream_t stream)
 {
-    dim3 blocks((unsigned)lp_ceil_div(job.columns, LP_REDUCE_COLUMNS), (unsigned)lp_ceil_div(job.rows, LP_REDUCE_ROWS));
+    dim3 blocks((unsigned)lp_ceil_div(job.columns, LP_REDUCE_COLUMNS),
+                (unsigned)lp_ceil_div(job.rows, LP_REDUCE_ROWS));
 
     if (dtype == LP_F64)
         LP_LAUNCH(reduce_tile<LP_F64>, blocks, THREADS, 0, stream, job);
@@ -144,7 +148,8 @@ lp_status score_tile(const lp_linear *l, const lp_linear_plan *plan, size_t row0
 {
     unsigned char *scratch = (unsigned char *)exec->scratch;
     cudaStream_t stream = (cudaStream_t)exec->stream;
-    size_t samples = l->order == 1 ? 1 : l->samples, tokens = l->order == 1 ? l->samples * l->tokens : l->tokens;
+    size_t samples = l->order == 1 ? 1 : l->samples,
+           tokens = l->order == 1 ? l->samples * l->tokens : l->tokens;
     size_t real = l->dtype == LP_F64 ? sizeof(double) : sizeof(float);
     tile_job job = {};
     lp_gemm gemm = {};
@@ -184,7 +189,8 @@ lp_status score_tile(const lp_linear *l, const lp_linear_plan *plan, size_t row0
         launch_reduction(job, l->dtype, stream);
     }
     lp_add_parts(row + row0, job.row_parts, rows, lp_ceil_div(columns, LP_REDUCE_COLUMNS), rows, stream);
-    lp_add_parts(col + column0, job.column_parts, columns, lp_ceil_div(rows, LP_REDUCE_ROWS), columns, stream);
+    lp_add_parts(col + column0, job.column_parts, columns, lp_ceil_div(rows, LP_REDUCE_ROWS), columns,
+                 stream);
     return lp_cuda_launched(err, "scoring a linear layer");
 }
 
@@ -200,9 +206,10 @@ lp_status score(const lp_linear *l, double *row, double *col, const lp_exec *exe
         if (status != LP_OK || done)
             return status;
     }
-    if (!lp_linear_plan_make(&plan, l->out, l->in, samples, l->dtype == LP_F64 ? sizeof(double) : sizeof(float),
-                             exec->scratch_bytes))
-        return lp_error_set(err, LP_ERR_NOMEM, "linear_scores cannot work in %zu bytes of scratch", exec->scratch_bytes);
+    if (!lp_linear_plan_make(&plan, l->out, l->in, samples,
+                             l->dtype == LP_F64 ? sizeof(double) : sizeof(float), exec->scratch_bytes))
+        return lp_error_set(err, LP_ERR_NOMEM, "linear_scores cannot work in %zu bytes of scratch",
+                            exec->scratch_bytes);
     for (size_t r = 0; r < l->out; r += plan.rows) {
         for (size_t c = 0; c < l->in; c += plan.columns) {
             status = score_tile(l, &plan, r, c, l->out - r < plan.rows ? l->out - r : plan.rows,
@@ -225,9 +232,10 @@ lp_status check(const lp_linear *l, const double *row, const double *col, lp_err
     if (l->out < 1 || l->in < 1 || l->samples < 1 || l->tokens < 1 || (unsigned)l->dtype > LP_BF16 ||
         (l->order != 1 && l->order != 2) || l->x_stride < x_columns || l->dy_stride < dy_columns ||
         l->weight_stride < (l->transposed ? l->out : l->in))
-        return lp_error_set(err, LP_ERR_ARGUMENT,
-                            "linear_scores cannot take a weight of %zu x %zu with %zu samples of %zu tokens, order %d",
-                            l->out, l->in, l->samples, l->tokens, l->order);
+        return lp_error_set(
+            err, LP_ERR_ARGUMENT,
+            "linear_scores cannot take a weight of %zu x %zu with %zu samples of %zu tokens, order %d",
+            l->out, l->in, l->samples, l->tokens, l->order);
     if (!lp_mul_size(l->samples, l->tokens, &tokens) ||
         !lp_mul_size(tokens, l->x_stride > l->dy_stride ? l->x_stride : l->dy_stride, &bytes) ||
         !lp_mul_size(bytes, 8, &bytes))
@@ -237,15 +245,15 @@ lp_status check(const lp_linear *l, const double *row, const double *col, lp_err
 
 } // namespace
 
-extern "C" void lp_add_parts(double *sums, const double *parts, size_t count, size_t part_count, size_t stride,
-                             cudaStream_t stream)
+extern "C" void lp_add_parts(double *sums, const double *parts, size_t count, size_t part_count,
+                             size_t stride, cudaStream_t stream)
 {
-    LP_LAUNCH(add_parts, (unsigned)lp_ceil_div(count, THREADS), THREADS, 0, stream, sums, parts, count, part_count,
-              stride);
+    LP_LAUNCH(add_parts, (unsigned)lp_ceil_div(count, THREADS), THREADS, 0, stream, sums, parts, count,
+              part_count, stride);
 }
 
-extern "C" lp_status lp_cuda_linear_scores(const lp_linear *linear, double *row, double *col, const lp_exec *exec,
-                                           lp_error *err)
+extern "C" lp_status lp_cuda_linear_scores(const lp_linear *linear, double *row, double *col,
+                                           const lp_exec *exec, lp_error *err)
 {
     lp_linear turned;
     lp_status status = check(linear, row, col, err);

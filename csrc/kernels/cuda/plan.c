@@ -42,7 +42,8 @@ static bool fit_tile(lp_linear_plan *p, size_t out, size_t in, size_t real, size
     while (!lay_out(p, real) || p->bytes > scratch) {
         /* Whole rows as long as there are enough of them for a block, then narrower tiles. */
         if (p->rows > LP_REDUCE_ROWS)
-            p->rows = at_most(p->rows - 1, lp_ceil_div(lp_ceil_div(p->rows * 7, 8), LP_REDUCE_ROWS) * LP_REDUCE_ROWS);
+            p->rows = at_most(p->rows - 1,
+                              lp_ceil_div(lp_ceil_div(p->rows * 7, 8), LP_REDUCE_ROWS) * LP_REDUCE_ROWS);
         else if (p->columns > 64)
             p->columns = lp_ceil_div(p->columns / 2, 64) * 64;
         else if (p->rows > 1)

@@ -5,12 +5,12 @@
 #include "core/backend.h"
 
 enum {
-    LP_REDUCE_ROWS = 32,    /* rows of a thread block of the reduction */
+    LP_REDUCE_ROWS = 32,      /* rows of a thread block of the reduction */
     LP_REDUCE_COLUMNS = 1024, /* and its columns */
-    LP_FUSED_TILE = 128,    /* rows and columns of a thread block of the fused kernel */
-    LP_FUSED_TOKENS = 32,   /* tokens of a pipeline stage */
+    LP_FUSED_TILE = 128,      /* rows and columns of a thread block of the fused kernel */
+    LP_FUSED_TOKENS = 32,     /* tokens of a pipeline stage */
     LP_FUSED_STAGES = 4,
-    LP_ALIGN = 256          /* of every part of the scratch */
+    LP_ALIGN = 256 /* of every part of the scratch */
 };
 
 /* By matrix products into scratch: for each tile (rows x columns) of the weight, for each group of samples, one batched

@@ -18,7 +18,8 @@ enum {
     PARTS_MAX = 1024     /* along the rows */
 };
 
-namespace {
+namespace
+{
 
 struct element_job {
     const void *weight, *grad, *square;
@@ -47,8 +48,8 @@ __device__ __forceinline__ double element(const element_job &job, size_t i)
 }
 
 /* parts[blockIdx.y][index] = what the block's part of (outer, inner) adds to index first + blockIdx.x of n. */
-__global__ void __launch_bounds__(THREADS) sum_indices(element_job job, size_t outer, size_t n, size_t inner, size_t first,
-                                                       size_t each, double *parts)
+__global__ void __launch_bounds__(THREADS) sum_indices(element_job job, size_t outer, size_t n, size_t inner,
+                                                       size_t first, size_t each, double *parts)
 {
     __shared__ double warps[THREADS / 32];
     const size_t index = first + blockIdx.x, begin = (size_t)blockIdx.y * each;
@@ -74,8 +75,9 @@ __global__ void __launch_bounds__(THREADS) sum_indices(element_job job, size_t o
 }
 
 /* parts[blockIdx.y][column] = the sum of the block's rows of column first + column; `columns` are wanted. */
-__global__ void __launch_bounds__(THREADS) sum_columns(element_job job, size_t rows, size_t width, size_t first, size_t columns,
-                                                       size_t each, double *parts)
+__global__ void __launch_bounds__(THREADS)
+    sum_columns(element_job job, size_t rows, size_t width, size_t first, size_t columns, size_t each,
+                double *parts)
 {
     __shared__ double lanes[ROWS][33];
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -113,7 +115,8 @@ __global__ void add_groups(double *sums, const double *parts, size_t count, size
 template <typename real>
 __global__ void add_squares(real *acc, const void *grad, lp_dtype dtype, double scale, size_t count)
 {
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
+         i += (size_t)gridDim.x * blockDim.x) {
         double g = lp_load(grad, dtype, i);
 
         acc[i] = (real)((double)acc[i] + scale * g * g);
@@ -134,7 +137,8 @@ size_t parts_of(size_t length, size_t least, size_t blocks, size_t room, const l
     return wanted < 1 ? 1 : wanted;
 }
 
-void sum_by_index(const element_job &job, size_t outer, size_t n, size_t inner, double *out, const lp_exec *exec)
+void sum_by_index(const element_job &job, size_t outer, size_t n, size_t inner, double *out,
+                  const lp_exec *exec)
 {
     size_t step = at_most(n, exec->scratch_bytes / sizeof(double)), length = outer * inner;
 
@@ -145,13 +149,15 @@ void sum_by_index(const element_job &job, size_t outer, size_t n, size_t inner, 
         size_t each = lp_ceil_div(length, parts);
         dim3 blocks((unsigned)count, (unsigned)lp_ceil_div(length, each));
 
-        LP_LAUNCH(sum_indices, blocks, THREADS, 0, (cudaStream_t)exec->stream, job, outer, n, inner, first, each,
-                  (double *)exec->scratch);
-        lp_add_parts(out + first, (const double *)exec->scratch, count, blocks.y, count, (cudaStream_t)exec->stream);
+        LP_LAUNCH(sum_indices, blocks, THREADS, 0, (cudaStream_t)exec->stream, job, outer, n, inner, first,
+                  each, (double *)exec->scratch);
+        lp_add_parts(out + first, (const double *)exec->scratch, count, blocks.y, count,
+                     (cudaStream_t)exec->stream);
     }
 }
 
-void sum_by_column(const element_job &job, size_t outer, size_t n, size_t inner, double *out, const lp_exec *exec)
+void sum_by_column(const element_job &job, size_t outer, size_t n, size_t inner, double *out,
+                   const lp_exec *exec)
 {
     size_t step = at_most(n, exec->scratch_bytes / sizeof(double) / inner);
 
@@ -162,10 +168,10 @@ void sum_by_column(const element_job &job, size_t outer, size_t n, size_t inner,
         size_t each = lp_ceil_div(outer, parts);
         dim3 blocks((unsigned)lp_ceil_div(columns, 32), (unsigned)lp_ceil_div(outer, each));
 
-        LP_LAUNCH(sum_columns, blocks, THREADS, 0, (cudaStream_t)exec->stream, job, outer, n * inner, first * inner,
-                  columns, each, (double *)exec->scratch);
-        LP_LAUNCH(add_groups, (unsigned)lp_ceil_div(count, THREADS), THREADS, 0, (cudaStream_t)exec->stream, out + first,
-                  (const double *)exec->scratch, count, inner, (size_t)blocks.y);
+        LP_LAUNCH(sum_columns, blocks, THREADS, 0, (cudaStream_t)exec->stream, job, outer, n * inner,
+                  first * inner, columns, each, (double *)exec->scratch);
+        LP_LAUNCH(add_groups, (unsigned)lp_ceil_div(count, THREADS), THREADS, 0, (cudaStream_t)exec->stream,
+                  out + first, (const double *)exec->scratch, count, inner, (size_t)blocks.y);
     }
 }
 
@@ -183,23 +189,27 @@ lp_status check_size(const char *operation, size_t count, lp_error *err)
                : lp_error_set(err, LP_ERR_OVERFLOW, "%s was given a tensor that fits no memory", operation);
 }
 
-lp_status check_scores(const element_job &job, const size_t *shape, size_t ndim, double *const *outs, lp_error *err)
+lp_status check_scores(const element_job &job, const size_t *shape, size_t ndim, double *const *outs,
+                       lp_error *err)
 {
     bool needs_grad = job.kind <= LP_SCORE_ELEMENT2, needs_square = job.kind == LP_SCORE_ELEMENT2;
     size_t count = 1;
 
     if (shape == NULL || outs == NULL || ndim < 1 || ndim > LP_MAX_DIMS)
-        return lp_error_set(err, LP_ERR_ARGUMENT, "tensor_scores takes tensors of 1 to %d dimensions, not %zu", LP_MAX_DIMS,
-                            ndim);
+        return lp_error_set(err, LP_ERR_ARGUMENT,
+                            "tensor_scores takes tensors of 1 to %d dimensions, not %zu", LP_MAX_DIMS, ndim);
     if ((unsigned)job.kind > LP_SCORE_L2)
         return lp_error_set(err, LP_ERR_ARGUMENT, "tensor_scores does not know importance %d", (int)job.kind);
-    if (job.weight == NULL || !known(job.weight_dtype) || (needs_grad && (job.grad == NULL || !known(job.grad_dtype))) ||
+    if (job.weight == NULL || !known(job.weight_dtype) ||
+        (needs_grad && (job.grad == NULL || !known(job.grad_dtype))) ||
         (needs_square && (job.square == NULL || !known(job.square_dtype))))
-        return lp_error_set(err, LP_ERR_ARGUMENT,
-                            "tensor_scores lacks the weight, gradient or squared gradient its importance needs");
+        return lp_error_set(
+            err, LP_ERR_ARGUMENT,
+            "tensor_scores lacks the weight, gradient or squared gradient its importance needs");
     for (size_t d = 0; d < ndim; d++) {
         if (shape[d] < 1)
-            return lp_error_set(err, LP_ERR_ARGUMENT, "tensor_scores was given a tensor whose dimension %zu is empty", d);
+            return lp_error_set(err, LP_ERR_ARGUMENT,
+                                "tensor_scores was given a tensor whose dimension %zu is empty", d);
         if (!lp_mul_size(count, shape[d], &count))
             count = SIZE_MAX;
     }
@@ -208,9 +218,9 @@ lp_status check_scores(const element_job &job, const size_t *shape, size_t ndim,
 
 } // namespace
 
-extern "C" lp_status lp_cuda_tensor_scores(lp_values weight, lp_values grad, lp_values square, const size_t *shape,
-                                           size_t ndim, lp_score_kind kind, double *const *outs, const lp_exec *exec,
-                                           lp_error *err)
+extern "C" lp_status lp_cuda_tensor_scores(lp_values weight, lp_values grad, lp_values square,
+                                           const size_t *shape, size_t ndim, lp_score_kind kind,
+                                           double *const *outs, const lp_exec *exec, lp_error *err)
 {
     element_job job = {weight.data, grad.data, square.data, weight.dtype, grad.dtype, square.dtype, kind};
     lp_status status = check_scores(job, shape, ndim, outs, err);
@@ -239,8 +249,8 @@ extern "C" lp_status lp_cuda_tensor_scores(lp_values weight, lp_values grad, lp_
     return lp_cuda_leave(exec, before, status, err);
 }
 
-extern "C" lp_status lp_cuda_dot_columns(const void *a, const void *b, lp_dtype dtype, size_t rows, size_t columns,
-                                         double *out, const lp_exec *exec, lp_error *err)
+extern "C" lp_status lp_cuda_dot_columns(const void *a, const void *b, lp_dtype dtype, size_t rows,
+                                         size_t columns, double *out, const lp_exec *exec, lp_error *err)
 {
     size_t shape[2] = {rows, columns};
     double *outs[2] = {NULL, out};
@@ -248,13 +258,14 @@ extern "C" lp_status lp_cuda_dot_columns(const void *a, const void *b, lp_dtype 
     if (a == NULL || b == NULL || out == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "dot_columns was given a NULL tensor");
     if (rows < 1 || columns < 1 || !known(dtype))
-        return lp_error_set(err, LP_ERR_ARGUMENT, "dot_columns cannot take %zu x %zu values of dtype %d", rows, columns,
-                            (int)dtype);
-    return lp_cuda_tensor_scores({a, dtype}, {b, dtype}, {NULL, dtype}, shape, 2, LP_SCORE_VECTOR, outs, exec, err);
+        return lp_error_set(err, LP_ERR_ARGUMENT, "dot_columns cannot take %zu x %zu values of dtype %d",
+                            rows, columns, (int)dtype);
+    return lp_cuda_tensor_scores({a, dtype}, {b, dtype}, {NULL, dtype}, shape, 2, LP_SCORE_VECTOR, outs, exec,
+                                 err);
 }
 
-extern "C" lp_status lp_cuda_accumulate_square(void *acc, lp_dtype acc_dtype, lp_values grad, double scale, size_t count,
-                                               const lp_exec *exec, lp_error *err)
+extern "C" lp_status lp_cuda_accumulate_square(void *acc, lp_dtype acc_dtype, lp_values grad, double scale,
+                                               size_t count, const lp_exec *exec, lp_error *err)
 {
     lp_status status;
     unsigned blocks;
@@ -263,19 +274,20 @@ extern "C" lp_status lp_cuda_accumulate_square(void *acc, lp_dtype acc_dtype, lp
     if (acc == NULL || grad.data == NULL)
         return lp_error_set(err, LP_ERR_ARGUMENT, "accumulate_square was given a NULL tensor");
     if ((acc_dtype != LP_F32 && acc_dtype != LP_F64) || !known(grad.dtype))
-        return lp_error_set(err, LP_ERR_ARGUMENT, "accumulate_square sums into float32 or float64, not dtype %d",
-                            (int)acc_dtype);
+        return lp_error_set(err, LP_ERR_ARGUMENT,
+                            "accumulate_square sums into float32 or float64, not dtype %d", (int)acc_dtype);
     status = check_size("accumulate_square", count, err);
     if (status == LP_OK && count > 0)
         status = lp_cuda_enter(exec, &before, err);
     if (status != LP_OK || count == 0)
         return status;
-    blocks = (unsigned)at_most(lp_ceil_div(count, THREADS), (size_t)lp_cuda_context_of(exec)->processors * 32);
+    blocks =
+        (unsigned)at_most(lp_ceil_div(count, THREADS), (size_t)lp_cuda_context_of(exec)->processors * 32);
     if (acc_dtype == LP_F64)
-        LP_LAUNCH(add_squares<double>, blocks, THREADS, 0, (cudaStream_t)exec->stream, (double *)acc, grad.data, grad.dtype,
-                  scale, count);
+        LP_LAUNCH(add_squares<double>, blocks, THREADS, 0, (cudaStream_t)exec->stream, (double *)acc,
+                  grad.data, grad.dtype, scale, count);
     else
-        LP_LAUNCH(add_squares<float>, blocks, THREADS, 0, (cudaStream_t)exec->stream, (float *)acc, grad.data, grad.dtype,
-                  scale, count);
+        LP_LAUNCH(add_squares<float>, blocks, THREADS, 0, (cudaStream_t)exec->stream, (float *)acc, grad.data,
+                  grad.dtype, scale, count);
     return lp_cuda_leave(exec, before, lp_cuda_launched(err, "adding squares"), err);
 }
