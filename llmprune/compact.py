@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
-from llmprune import _core, depth, record
+from llmprune import _core, cuda, depth, record
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.record import AttributeValue, Compaction, Positions
@@ -58,7 +58,12 @@ class Cut:
 
 
 @on_uncompiled
-def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+def compact(
+    model: nn.Module,
+    plan: Any,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    release: bool = False,
+) -> nn.Module:
     """Remove what ``plan`` removes from ``model``, in place.
 
     Afterwards the same model object runs, trains and generates, ``sum(p.numel())`` and the process's memory have
@@ -70,11 +75,16 @@ def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | N
     held back until the model is whole again (then raised). A matrix for whose smaller copy there is no memory is
     compacted inside its own; should something fail all the same, the model is left unusable and says so when called.
 
+    On a CUDA device all matrices are compacted inside their own memory at once, and each becomes the front of it: what
+    else views that memory (a state dict taken before) holds nothing of use afterwards, and the memory stays taken. With
+    ``release`` they are copied one at a time and the old memory goes back to the device, for one matrix of extra peak.
+
     Args:
         model: the model the plan was made for.
         plan: a :class:`llmprune.plan.Plan`.
         weights: new values of some of the parameters that the plan cuts, in the shape they have afterwards
             (:attr:`llmprune.repair.Repair.weights`).
+        release: on a CUDA device, give memory back; on the CPU that is always done.
 
     Returns:
         ``model``.
@@ -83,6 +93,7 @@ def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | N
         PlanError: the plan belongs to another model, or to this one before it was pruned.
         TensorError: a tensor that cannot be cut: two parameters overlap in memory, or a parameter is not a plain
             dense tensor. Nothing has been changed.
+        DeviceError, MemoryError: a CUDA device refused, before anything was changed.
     """
     cuts, attributes = prepare(model, plan, weights)
     old = record.fresh(model)
@@ -103,8 +114,15 @@ def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | N
     left = {drop.module: drop.kept for drop in follow.drops}
     kept = {cut.name: cut.kept for cut in cuts}
     done = old.compose(kept, attributes, step, left, follow.config, follow.attributes)
+    on_device = [] if release else _movable(cuts)
     with deferred_interrupts():
+        started = not on_device
         try:
+            for group in on_device:
+                _move(group)
+                started = True
+                done_here = {id(cut) for cut in group}
+                cuts = [cut for cut in cuts if id(cut) not in done_here]
             while cuts:
                 # The list is emptied as it is worked off: it would hold the old tensors.
                 _replace(cuts.pop())
@@ -112,10 +130,13 @@ def compact(model: nn.Module, plan: Any, weights: Mapping[str, torch.Tensor] | N
             set_attributes(model, attributes)
             follow.remove(model)
         except BaseException as error:
-            _break(model, old, error)
+            if started:
+                _break(model, old, error)
             raise
         model.llmprune = done  # type: ignore[assignment]
         _return_memory()
+        if release and torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return model
 
 
@@ -219,34 +240,37 @@ def _smaller(cut: Cut) -> torch.Tensor:
 
 def gather(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
     """The kept positions of ``tensor`` as a new contiguous tensor of its own; ``tensor`` is not changed."""
-    source, word = tensor.detach(), _WORDS.get(tensor.element_size())
-    if source.device.type != "cpu" or word is None or not source.numel() or not kept:
+    source, word = tensor.detach(), _kernel_word(tensor)
+    if word is None or not source.numel() or not kept:
         # Other devices and element sizes have no kernel of ours: a copy for each dimension.
         for dim, positions in kept.items():
             source = source.index_select(dim, torch.as_tensor(positions, device=source.device))
         return source.clone(memory_format=torch.contiguous_format) if not kept else source.contiguous()
     source = source.contiguous()
     shape = [len(kept[d]) if d in kept else n for d, n in enumerate(source.shape)]
-    out = torch.empty(shape, dtype=source.dtype)
-    _core.compact_into(out.view(word), source.view(word), dict(kept))
+    out = torch.empty(shape, dtype=source.dtype, device=source.device)
+    _core.compact_into(out.view(word), source.view(word), dict(kept), **cuda.options(source))
     return out
 
 
 def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
-    """The kept positions of a dense CPU tensor, moved together at the front of its own memory; nothing is allocated.
+    """The kept positions of a dense tensor, moved together at the front of its own memory, on the CPU or a CUDA device.
 
     Returns:
         That front, which shares (and keeps alive) the memory of ``tensor``. What ``tensor`` held is gone, and the
         memory behind the front stays taken.
 
     Raises:
-        TensorError: not a contiguous CPU tensor of elements of 1, 2, 4 or 8 bytes.
+        TensorError: not a contiguous tensor of elements of 1, 2, 4 or 8 bytes, on the CPU or a usable CUDA device.
     """
-    whole, word = tensor.detach(), _WORDS.get(tensor.element_size())
-    if whole.device.type != "cpu" or word is None or not whole.is_contiguous():
+    whole, word = tensor.detach(), _kernel_word(tensor)
+    if word is None or not whole.is_contiguous():
         raise TensorError(
             f"a tensor of {tensor.dtype} on {tensor.device} cannot be compacted in its own memory"
         )
+    if whole.is_cuda:
+        cuda.compact_many([whole.view(word)], [dict(kept)])
+        return _front(whole, kept)
     smaller: torch.Tensor = from_dlpack(_core.compact(whole.view(word), dict(kept)))
     return smaller.view(tensor.dtype)
 
@@ -373,6 +397,37 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def _kernel_word(tensor: torch.Tensor) -> torch.dtype | None:
+    """What a kernel of ours takes the tensor's elements for where it lies; None where there is none."""
+    if tensor.device.type == "cpu" or (tensor.device.type == "cuda" and cuda.unavailable() is None):
+        return _WORDS.get(tensor.element_size())
+    return None
+
+
+def _front(whole: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
+    """What a contiguous tensor that was compacted in its own memory now is."""
+    shape = [len(kept[d]) if d in kept else n for d, n in enumerate(whole.shape)]
+    return whole.view(-1)[: math.prod(shape)].view(shape)
+
+
+def _movable(cuts: list[Cut]) -> list[list[Cut]]:
+    """The cuts to be made inside their tensors' own memory, by CUDA device."""
+    groups: dict[torch.device, list[Cut]] = {}
+    for cut in cuts:
+        t = cut.tensor
+        if cut.values is None and t.is_cuda and t.numel() and t.is_contiguous() and _kernel_word(t):
+            groups.setdefault(t.device, []).append(cut)
+    return list(groups.values())
+
+
+def _move(group: list[Cut]) -> None:
+    """Compact tensors on one CUDA device together, each inside its own memory."""
+    whole = [cut.tensor.detach() for cut in group]
+    cuda.compact_many([t.view(_WORDS[t.element_size()]) for t in whole], [cut.kept for cut in group])
+    for cut, tensor in zip(group, whole, strict=True):
+        _give(cut.tensor, _front(tensor, cut.kept))
+
+
 def _replace(cut: Cut) -> None:
     """Give the cut's tensor object its smaller data; the old memory is free when this returns."""
     tensor = cut.tensor
@@ -383,6 +438,11 @@ def _replace(cut: Cut) -> None:
         if cut.values is not None:
             smaller.copy_(cut.values)
         log.warning("no memory for a second %s: compacted in place, its old size stays taken", cut.name)
+    _give(tensor, smaller)
+
+
+def _give(tensor: torch.Tensor, smaller: torch.Tensor) -> None:
+    """Make ``smaller`` the data of the tensor object ``tensor``."""
     tensor.grad = None
     # Autograd keeps a gradient's expected shape while an earlier graph lives; a change of dtype makes it forget.
     other = torch.float32 if tensor.dtype is not torch.float32 else torch.float64

@@ -1,4 +1,4 @@
-"""The CUDA kernels of ``llmprune._cuda``: found, loaded when the first tensor on a CUDA device asks for them, and tried.
+"""The CUDA kernels of ``llmprune._cuda``: loaded when the first tensor on a CUDA device asks for them.
 
 ``import llmprune`` touches no device. A failure to load is remembered: later calls raise it again, with its reason, and
 ``llmprune doctor`` prints it.

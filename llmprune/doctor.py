@@ -24,7 +24,8 @@ def doctor(quiet: bool = False) -> dict[str, Any]:
     Returns:
         ``llmprune``, ``python``, ``platform``; ``packages`` (name -> version, None where it is not installed);
         ``simd`` (instruction set of the kernels); ``cpus`` (usable by this process); ``free_memory`` (bytes, None
-        where the system does not say); ``cuda`` (``built``, ``usable`` and, where it is not, ``reason``); ``self_test`` (``ok`` and ``detail``).
+        where the system does not say); ``cuda`` (``built``, ``usable`` and, where it is not,
+        ``reason``); ``self_test`` (``ok`` and ``detail``).
     """
     report: dict[str, Any] = {
         "llmprune": llmprune.__version__,

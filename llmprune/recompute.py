@@ -221,8 +221,8 @@ class Checkpoints:
         inputs = [leaves[i] for i in run.differentiable]
         for i in run.differentiable:
             leaves[i] = None  # kept by autograd alone, which frees them in time
-        away = torch.autograd.graph.save_on_cpu(pin_memory=True) if self.pinned else nullcontext()
-        with away:
+        pinned = self.pinned and any(tensor.is_cuda for tensor in inputs)
+        with torch.autograd.graph.save_on_cpu(pin_memory=True) if pinned else nullcontext():
             results = _recomputed(run, self._anchor, *inputs)
         for place, tensor in zip(places, results, strict=True):
             parts[place] = tensor

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
     path
     for folder in ("csrc", "llmprune", "tests", "benchmarks", "demo")
-    for suffix in ("*.c", "*.h", "*.py", "*.pyi")
+    for suffix in ("*.c", "*.h", "*.cu", "*.cuh", "*.cpp", "*.py", "*.pyi")
     for path in (ROOT / folder).rglob(suffix)
 )
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
@@ -27,14 +27,15 @@ def c_files(folder: str) -> list[Path]:
     files = [
         path
         for path in SOURCES
-        if path.is_relative_to(ROOT / "csrc" / folder) and path.suffix in (".c", ".h")
+        if path.is_relative_to(ROOT / "csrc" / folder) and path.suffix in (".c", ".h", ".cu", ".cuh")
     ]
     assert files, f"no C files under csrc/{folder}: has the room moved?"
     return files
 
 
 def test_only_the_binding_includes_python() -> None:
-    outside = [path for path in SOURCES if path.suffix in (".c", ".h") and "binding" not in path.parts]
+    suffixes = (".c", ".h", ".cu", ".cuh", ".cpp")
+    outside = [path for path in SOURCES if path.suffix in suffixes and "binding" not in path.parts]
     assert outside
     assert [str(path) for path in outside if "Python.h" in includes(path)] == []
     assert any("Python.h" in includes(path) for path in c_files("binding"))
