@@ -140,7 +140,7 @@ void lp_binding_close_devices(lp_module_state *state)
 
 static PyMethodDef methods[] = {
     {"register_cuda", register_cuda, METH_O,
-     "register_cuda(table)\n--\n\n"
+     "register_cuda(table, /)\n--\n\n"
      "Take the CUDA kernels of llmprune._cuda.table into use; returns how many devices there are.\n\n"
      "Called by llmprune.cuda when the first tensor on a CUDA device comes by."},
     {NULL, NULL, 0, NULL},

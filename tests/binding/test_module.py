@@ -147,7 +147,7 @@ def test_the_doctor_reports_a_working_core(capsys: pytest.CaptureFixture[str]) -
     assert report["cpus"] >= 1
     printed = capsys.readouterr().out
     assert f"llmprune      {llmprune.__version__}" in printed
-    assert "not built" in printed
+    assert "cuda          " in printed
     assert llmprune.doctor(quiet=True)["self_test"] == report["self_test"]
     assert capsys.readouterr().out == ""
     assert copy.deepcopy(report) == report
