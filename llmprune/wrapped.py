@@ -88,18 +88,18 @@ def leave_out_hooks(model: nn.Module) -> list[str]:
             hooks = module.__dict__.get(table)
             if not hooks:
                 continue
-            own = OrderedDict((key, hook) for key, hook in hooks.items() if _is_torchs(hook))
+            own = OrderedDict((key, hook) for key, hook in hooks.items() if _is_ours(hook))
             if len(own) != len(hooks):
                 module.__dict__[table] = own
                 found.append(path)
     return list(dict.fromkeys(found))
 
 
-def _is_torchs(hook: Any) -> bool:
+def _is_ours(hook: Any) -> bool:
     while isinstance(hook, partial):
         hook = hook.func
     origin = getattr(hook, "__module__", None) or type(hook).__module__
-    return origin == "torch" or origin.startswith("torch.")
+    return origin.partition(".")[0] in ("torch", "llmprune")
 
 
 @contextmanager

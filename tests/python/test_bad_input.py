@@ -321,9 +321,64 @@ class Untraceable(nn.Module):
 def test_a_model_that_cannot_be_traced_says_where() -> None:
     with pytest.raises(TraceError) as caught:
         llmprune.trace(Untraceable(), {"x": torch.ones(2, 8)})
-    for part in ("aten::addmm", "test_bad_input.py:", "no_such_method"):
+    for part in ("operation 2, aten::addmm", "test_bad_input.py:", "no_such_method"):
         assert part in str(caught.value)
     assert str(caught.value).count("object has no attribute") == 1
+
+
+class Picky(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, *, flag: bool = False) -> torch.Tensor:
+        result: torch.Tensor = self.inner(x) * mask
+        return result
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"x": torch.ones(2, 8)}, "missing a required argument: 'mask'"),
+        ({"x": torch.ones(2, 8), "masks": torch.ones(8)}, "missing a required argument: 'mask'"),
+        ({"x": torch.ones(2, 8), "mask": torch.ones(8), "y": 1}, "unexpected keyword argument 'y'"),
+        ((torch.ones(2, 8), torch.ones(8), True), "too many positional arguments"),
+        (torch.ones(2, 8), "missing a required argument: 'mask'"),
+    ],
+)
+def test_inputs_that_do_not_match_the_forward_name_its_arguments(inputs: Any, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence) as caught:
+        llmprune.trace(Picky(), inputs)
+    assert "inputs do not fit Picky.forward" in str(caught.value)
+    assert "its arguments are x, mask, flag" in str(caught.value)
+
+
+class Branching(nn.Module):
+    """Asks a computed value which way to go: no stand-in knows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        result: torch.Tensor = self.out(y if y.sum().item() < 1e9 else -y)
+        return result
+
+
+def test_control_flow_that_depends_on_data_is_followed_on_real_tensors_and_says_so() -> None:
+    model, inputs = Branching(), {"x": torch.ones(2, 8)}
+    graph = llmprune.trace(model, inputs)
+    [note] = graph.tape.notes
+    assert note.startswith("recorded on real tensors because the meta device did not do: ")
+    assert "aten::_local_scalar_dense" in note
+    report = llmprune.prune(
+        model, ratio={"rank": 0.25}, importance="l1", inputs=inputs, protect_first=0, protect_last=0
+    )
+    assert note in str(report)
+    assert model.inner.out_features == 9
+    with pytest.raises(TraceError, match="_local_scalar_dense"):
+        llmprune.trace(Branching().to("meta"), inputs)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,20 @@ def test_the_encoders_fast_path_is_taken_and_equals_the_reference() -> None:
     assert difference(model, plan, inputs) < 1e-9
     with torch.enable_grad():  # the slow path
         assert torch.allclose(got, small(*inputs).detach(), rtol=1e-9, atol=1e-9)
+
+
+PLACED = re.compile(r"\((?:aten::\w+ in |.*, in module ').+\)$| in [\w.]+$|at \w+ in [\w.]+")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_frozen_axis_says_where(name: str) -> None:
+    """A reason names the operation and the module, or the module that used a size as a number."""
+    make, inputs, _ = CASES[name]
+    frozen = [axis for axis in llmprune.trace(make(), inputs).axes if not axis.prunable]
+    assert frozen
+    for axis in frozen:
+        assert axis.reasons
+        assert all(PLACED.search(reason) for reason in axis.reasons), axis
 
 
 # Weight tying and parametrisation

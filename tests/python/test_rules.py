@@ -16,6 +16,7 @@ from zeroed_reference import check_axes, seeded, sizes
 import llmprune
 from llmprune.errors import InputError, TraceError
 from llmprune.graph import Graph
+from llmprune.report import render_axes
 
 
 @torch.library.custom_op("rules_test::rms_norm", mutates_args=())
@@ -175,6 +176,40 @@ def test_without_rules_they_freeze_what_they_touch_and_nothing_more() -> None:
     assert all(
         r == "an operation without a rule touches it (rules_test::swiglu in the root module)" for r in reasons
     )
+
+
+def test_reports_count_operations_without_a_rule() -> None:
+    graph = graph_of(Block())
+    line = (
+        "6 operations without a rule froze what they touch: rules_test::rms_norm (2), rules_test::rotate (2), "
+        "rules_test::attend, rules_test::swiglu; llmprune.register_rule gives them one"
+    )
+    assert f"note: {line}" in render_axes(graph, frozen=False)
+    frozen = render_axes(graph, frozen=True)
+    assert "without a rule touches it (rules_test::rotate in the root module)" in frozen
+
+
+def test_the_report_of_a_pruning_counts_them_too() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gain, self.second = nn.Linear(5, 8), nn.Parameter(torch.ones(6)), nn.Linear(8, 6)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last(rms_norm(self.second(torch.relu(self.first(x))), self.gain))
+            return result
+
+    report = llmprune.prune(
+        Partly(),
+        ratio={"ffn": 0.25},
+        importance="l1",
+        inputs={"x": features()[0]},
+        protect_first=0,
+        protect_last=0,
+    )
+    assert "1 operation without a rule froze what they touch: rules_test::rms_norm;" in str(report)
+    assert report.to_json()["unknown_operations"] == {"rules_test::rms_norm": 1}
 
 
 def test_a_graph_keeps_its_rules_when_they_are_gone() -> None:

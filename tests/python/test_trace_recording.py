@@ -128,22 +128,6 @@ def test_the_attributes_that_size_a_forward_pass_are_found(family: str, expected
     assert expected <= {name for _, name in attributes(record(build(family)))}
 
 
-def test_a_number_made_of_a_size_is_reported() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.width = 6
-            self.inner = nn.Linear(4, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.inner(x).view(-1, self.width)
-            assert y.shape[0] * 7 == 21  # compared, not used
-            return y * self.width**-0.5
-
-    tape = record(Scaled(), (torch.ones(3, 4),))
-    assert [tree for tree, _ in tape.value_used] == [["attr", "", "width", 6]]
-
-
 def snapshot(model: nn.Module) -> Any:
     modules = [
         (

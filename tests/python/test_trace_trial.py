@@ -9,7 +9,6 @@ from torch import nn
 
 import llmprune
 from llmprune.blocks import find_excerpt
-from llmprune.tape import leaves
 from llmprune.trace import record
 
 
@@ -49,31 +48,6 @@ def test_blocks_that_differ_are_all_kept() -> None:
     # Only its first two blocks would give another output: the trial knows by the shape that they do not stand for all.
     graph = llmprune.trace(model, (torch.ones(2, 6),))
     assert prunable(graph) == {}  # inputs and outputs are frozen, and there is nothing between
-
-
-@pytest.mark.parametrize("layers", [1, 2, 4])
-def test_both_forms_of_attention_give_their_attributes_for_every_layer(layers: int) -> None:
-    model = build("llama", "sdpa", num_hidden_layers=layers)
-    graph = llmprune.trace(model)
-    assert graph.tape.attention == "sdpa"
-    assert graph.second is not None
-    own = {tuple(leaf[1:3]) for e in graph.tape.equations for leaf in leaves(e[2]) if leaf[0] == "attr"}
-    other = {tuple(leaf[1:3]) for e in graph.second.equations for leaf in leaves(e[2]) if leaf[0] == "attr"}
-    for layer in range(layers):
-        attribute = (f"model.layers.{layer}.self_attn", "num_key_value_groups")
-        assert attribute not in own
-        assert attribute in other
-    heads = [axis for axis in graph.axes if axis.kind == "query"]
-    assert len(heads) == layers
-    plan = llmprune.plan(graph, removed={heads[-1].id: [0]})
-    changed = {(a.module, a.name): (a.old, a.new) for a in plan.attributes}
-    assert changed[f"model.layers.{layers - 1}.self_attn", "num_key_value_groups"] == (2, 1)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mixtral"])
-def test_axes_are_the_same_under_both_forms_of_attention(family: str) -> None:
-    eager, sdpa = (prunable(llmprune.trace(build(family, form))) for form in ("eager", "sdpa"))
-    assert eager == sdpa
 
 
 class Checked(nn.Module):
