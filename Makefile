@@ -75,7 +75,7 @@ pytest: $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
-	set -e; for file in $(filter-out benchmarks/_% benchmarks/architectures.py,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file"; done
+	set -e; for file in $(filter-out benchmarks/_% benchmarks/architectures.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file"; done
 
 architectures: $(EXTENSION)
 	$(BIN)/python benchmarks/architectures.py --jobs $(JOBS) $(ARGS)
@@ -103,6 +103,7 @@ cuda-test:
 	$(PYTHON) -m pytest tests/cuda $(ARGS)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
+	@echo "now measure: $(PYTHON) benchmarks/gpu.py"
 
 # --- C tests: no Python involved ------------------------------------------------------------------------------------
 # Each tests/{core,kernels}/test_*.c is a program that exits 0 when it passes; other .c files there are shared by all.

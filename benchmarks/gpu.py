@@ -1,0 +1,301 @@
+"""On a CUDA device: what tracing, scoring, planning and compacting a LLaMA-shaped model cost, beside their floors.
+
+Floors are measured in the same run: a device-to-device copy, a bf16 matrix product, a pinned copy from the host. Beside
+ours run plain autograd (whole gradients, for second order one backward pass a sample) with torch.index_select, and
+Torch-Pruning's GroupTaylorImportance where it is installed. Random weights in bf16; times are medians of CUDA events.
+
+The file is not called cuda.py: torch imports a package of that name, and would find it here.
+
+usage: python benchmarks/gpu.py [--layers 32] [--repeats 5] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from _measure import Claim, save
+from torch import nn
+
+import llmprune
+from llmprune import _core
+from llmprune import cuda as backend
+
+SHAPES = {
+    "7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "13B": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+TOKENS = {"10 x 64": (10, 64), "128 x 128": (128, 128)}
+KEEP = 0.8
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call on the device, after one call to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        work()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+def wall(work: Callable[[], Any]) -> tuple[Any, float]:
+    """A call's result and its time, everything the device does for it included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = work()
+    torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def floors(repeats: int) -> dict[str, float]:
+    """Copy bandwidth (bytes read and written), matrix rate and host-to-device rate of this machine, per second."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_(256)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds(lambda: target.copy_(source), repeats)
+    host = torch.empty(1 << 28, dtype=torch.uint8).pin_memory()
+    upload = host.numel() / seconds(lambda: source[: host.numel()].copy_(host, non_blocking=True), repeats)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matmul = 2 * 8192**3 / seconds(lambda: a @ b, repeats)
+    return {"copy": copy, "upload": upload, "matmul": matmul}
+
+
+def kernels(rate: float, repeats: int) -> list[dict[str, Any]]:
+    """linear_scores of single matrices, beside the products it has to form and the framework's own."""
+    rows = []
+    for out, features in ((4096, 4096), (11008, 4096), (28672, 8192)):
+        for label, (samples, length) in TOKENS.items():
+            weight = torch.randn(out, features, device="cuda", dtype=torch.bfloat16)
+            x = torch.randn(samples * length, features, device="cuda", dtype=torch.bfloat16)
+            dy = torch.randn(samples * length, out, device="cuda", dtype=torch.bfloat16)
+            sums = [torch.zeros(n, dtype=torch.float64, device="cuda") for n in (out, features)]
+            options = backend.options(weight)
+            work = 2 * out * features * samples * length
+            entry: dict[str, Any] = {"shape": [out, features], "tokens": label, "floor": work / rate}
+            for order in (1, 2):
+
+                def ours(
+                    w: torch.Tensor = weight,
+                    a: torch.Tensor = x,
+                    b: torch.Tensor = dy,
+                    n: int = samples,
+                    k: int = order,
+                    into: list[torch.Tensor] = sums,
+                    given: dict[str, Any] = options,
+                ) -> None:
+                    _core.linear_scores(w, a, b, n, k, *into, **given)
+
+                entry[f"order {order}"] = seconds(ours, repeats)
+            entry["framework's dW"] = seconds(lambda a=x, b=dy: b.t() @ a, repeats)
+            entry["share of the matrix rate"] = entry["floor"] / entry["order 2"]
+            rows.append(entry)
+    return rows
+
+
+def matrices(layers: int) -> list[torch.Tensor]:
+    """The weights of a 7B-shaped model's blocks."""
+    hidden, inner = 4096, 11008
+    shapes = [(hidden, hidden)] * 4 + [(inner, hidden)] * 2 + [(hidden, inner)]
+    return [
+        torch.empty(s, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(layers) for s in shapes
+    ]
+
+
+def cut(tensor: torch.Tensor, number: int) -> dict[int, np.ndarray]:
+    """A random fifth of rows or of columns goes, as pruning heads and FFN channels does."""
+    dim = 1 if number % 7 in (3, 6) else 0
+    size = tensor.shape[dim]
+    chosen = np.random.default_rng(number).permutation(size)[: int(KEEP * size)]
+    return {dim: np.sort(chosen).astype(np.int64)}
+
+
+def compaction(copy: float, layers: int) -> dict[str, Any]:
+    """All matrices in their own memory, beside index_select of the same."""
+    backend.compact_many([torch.zeros(64, 64, device="cuda", dtype=torch.int16)], [{0: np.arange(0, 64, 2)}])
+    tensors = matrices(layers)
+    kepts = [cut(t, i) for i, t in enumerate(tensors)]
+    places = [{d: torch.as_tensor(k, device="cuda") for d, k in kept.items()} for kept in kepts]
+
+    def select() -> None:
+        for tensor, place in zip(tensors, places, strict=True):
+            for dim, positions in place.items():
+                tensor.index_select(dim, positions)
+
+    peer = seconds(select, 3)
+    words = [t.view(torch.int16) for t in tensors]
+    _, ours = wall(lambda: backend.compact_many(words, kepts))
+    read = sum(t.numel() * 2 for t in tensors)
+    moved = read * (1 + KEEP)
+    return {
+        "bytes": moved,
+        "floor": moved / copy,
+        "in place": ours,
+        "index_select": peer,
+        "rate": moved / ours,
+    }
+
+
+def build(shape: str, layers: int) -> nn.Module:
+    """A LLaMA of random weights on the device."""
+    config = transformers.LlamaConfig(
+        vocab_size=32000, num_hidden_layers=layers, max_position_embeddings=2048, **SHAPES[shape]
+    )
+    with torch.device("cuda"):
+        model = transformers.LlamaForCausalLM._from_config(config, torch_dtype=torch.bfloat16)
+    return model.eval()
+
+
+def plain(model: nn.Module, ids: torch.Tensor, order: int) -> None:
+    """Whole gradients by autograd; for second order one backward pass a sample and accumulated squares."""
+    squares = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()] if order == 2 else []
+    for part in ids.split(1) if order == 2 else [ids]:
+        model(input_ids=part, labels=part, use_cache=False).loss.backward()
+        for square, parameter in zip(squares, model.parameters(), strict=False):
+            square.addcmul_(parameter.grad, parameter.grad)
+    for parameter in model.parameters():
+        _ = (parameter.grad * parameter).abs().sum() if parameter.grad is not None else None
+        parameter.grad = None
+
+
+def measured(work: Callable[[], Any]) -> dict[str, Any]:
+    """Time and peak memory over what is allocated already; or why it failed."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        _, took = wall(work)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    return {"seconds": took, "peak": torch.cuda.max_memory_allocated() - before}
+
+
+def whole(shape: str, layers: int, label: str) -> dict[str, Any]:
+    """Trace to compacted model, with each step's time; and the peer's scores."""
+    samples, length = TOKENS[label]
+    model = build(shape, layers)
+    weights = torch.cuda.memory_allocated()
+    ids = torch.randint(0, 32000, (samples, length), device="cuda")
+    entry: dict[str, Any] = {"shape": shape, "layers": layers, "tokens": label, "weights": weights}
+    for order in (1, 2):
+        entry[f"plain order {order}"] = measured(lambda k=order: plain(model, ids, k))
+    graph, entry["trace"] = wall(lambda: llmprune.trace(model))
+    scores: dict[str, llmprune.Scores] = {}
+    for importance in ("element1", "element2"):
+        entry[importance] = measured(
+            lambda name=importance: scores.update(
+                {name: llmprune.score(model, graph, ids, importance=name, quiet=True)}
+            )
+        )
+    plan, entry["plan"] = wall(lambda: llmprune.plan(graph, scores["element1"], ratio=0.2))
+    _, entry["compact"] = wall(lambda: llmprune.compact(model, plan))
+    entry["end to end"] = sum(entry[k] for k in ("trace", "plan", "compact")) + entry["element1"].get(
+        "seconds", 0
+    )
+    return entry
+
+
+def torch_pruning(label: str) -> dict[str, Any]:
+    """GroupTaylorImportance's gradients and dependency graph on a small model of the same kind, where it runs."""
+    if find_spec("torch_pruning") is None:
+        return {"failed": "torch-pruning is not installed"}
+    import torch_pruning as tp
+
+    samples, length = TOKENS[label]
+    model = build("7B", 2)
+    ids = torch.randint(0, 32000, (samples, length), device="cuda")
+
+    def work() -> None:
+        pruner = tp.pruner.BasePruner(
+            model,
+            {"input_ids": ids[:1], "use_cache": False},
+            importance=tp.importance.GroupTaylorImportance(),
+            pruning_ratio=0.2,
+            ignored_layers=[model.lm_head],
+            output_transform=lambda out: out.logits.sum(),
+        )
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        pruner.step()
+
+    try:
+        return measured(work)
+    except Exception as error:  # noqa: BLE001  # whatever another library raises is its result here
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="kernels and compaction only")
+    options = parser.parse_args()
+    reason = backend.unavailable()
+    if reason is not None:
+        raise SystemExit(f"nothing to measure: {reason}")
+    floor = floors(options.repeats)
+    rows = kernels(floor["matmul"], options.repeats)
+    moved = compaction(floor["copy"], options.layers)
+    models = []
+    if not options.quick:
+        models.append(whole("7B", options.layers, "10 x 64"))
+        models += [whole(shape, 1, label) for shape in ("13B", "70B") for label in TOKENS]
+    long = [row["share of the matrix rate"] for row in rows if row["tokens"] == "128 x 128"]
+    claims = [
+        Claim("second order reaches this share of the matrix rate at T = 128", min(long), 0.6, at_least=True),
+        Claim(
+            "in-place compaction reaches this share of the copy",
+            moved["rate"] / floor["copy"],
+            0.8,
+            at_least=True,
+        ),
+    ]
+    if models:
+        claims.append(Claim("7B, trace to compacted model, seconds", models[0]["end to end"], 2.0))
+        extra = models[0]["element1"].get("peak", float("inf")) / models[0]["weights"]
+        claims.append(Claim("extra memory over the weights, first order", extra, 0.15))
+    for claim in claims:
+        print(claim)
+    path = save(
+        "cuda",
+        claims,
+        gpu=torch.cuda.get_device_name(),
+        floors=floor,
+        kernels=rows,
+        compaction=moved,
+        models=models,
+        torch_pruning={} if options.quick else torch_pruning("10 x 64"),
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
