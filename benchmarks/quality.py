@@ -1,7 +1,8 @@
 """What the importances are worth: perplexity of pruned models.
 
 20 % of the FFN channels and 25 % of the key-value groups are removed in every layer, for every importance and
-aggregation, with three seeds for random; and for element1 (sum) with least-squares repair in both orders.
+aggregation, with three seeds for random; for element1 (sum) with least-squares repair in both
+orders; and for obs, fluctuation and activation, read off the repair's calibration, without repair and with it.
 
     python benchmarks/quality.py [MODEL_DIR ...] [--data DIR]
 
@@ -36,6 +37,7 @@ from llmprune.repair import ORDERS, repair
 
 RATIO = {"ffn": 0.2, "head": 0.25}
 IMPORTANCES = ("l1", "l2", "vector", "element1", "element2")
+ACTIVATIONS = ("activation", "fluctuation", "obs")
 AGGREGATIONS = ("sum", "max", "product", "last")
 SEEDS = (0, 1, 2)
 SAMPLES, LENGTH, SPACING = 10, 64, 192
@@ -82,8 +84,9 @@ def judge(case: Case) -> dict[str, Any]:
         importance: str, aggregation: str = "sum", seed: int = 0, order: str | None = None
     ) -> tuple[float, int]:
         model = copy.deepcopy(dense)
+        data = repair_ids if importance in ACTIVATIONS else ids
         scores = llmprune.score(
-            model, graph, ids, importance=importance, aggregation=aggregation, seed=seed, quiet=True
+            model, graph, data, importance=importance, aggregation=aggregation, seed=seed, quiet=True
         )
         plan = llmprune.plan(
             graph, scores, ratio=RATIO, allocation="uniform", protect_first=0, protect_last=0, seed=seed
@@ -102,6 +105,9 @@ def judge(case: Case) -> dict[str, Any]:
         table["parameters"]["pruned"] = results["sum"][1]
     seeds = [pruned("random", seed=seed)[0] for seed in SEEDS]
     table["random"] = {"median": statistics.median(seeds), "seeds": seeds}
+    for importance in ACTIVATIONS:
+        repaired = pruned(importance, order="sequential")[0]
+        table[importance] = {"alone": pruned(importance)[0], "repaired": repaired}
     table["repair"] = {order: pruned("element1", order=order)[0] for order in ORDERS}
     return table
 
@@ -116,6 +122,10 @@ def show(name: str, table: dict[str, Any]) -> None:
         print(f"{importance:10s}" + "".join(f"{values[aggregation]:10.2f}" for aggregation in AGGREGATIONS))
     repaired = ", ".join(f"{value:.2f} {order}" for order, value in table["repair"].items())
     print(f"element1 with least-squares repair: {repaired}")
+    for importance in ACTIVATIONS:
+        print(
+            f"{importance:12s}{table[importance]['alone']:8.2f}{table[importance]['repaired']:8.2f} repaired"
+        )
     seeds = ", ".join(f"{value:.2f}" for value in table["random"]["seeds"])
     print(f"{'random':10s}{table['random']['median']:10.2f}   (seeds {seeds})")
 
@@ -140,6 +150,8 @@ def main() -> int:
             Claim(f"{name}: element1 over random", table["element1"]["sum"] / table["random"]["median"], 1.0)
         )
         claims.append(Claim(f"{name}: element1 over l2", table["element1"]["sum"] / table["l2"]["sum"], 1.0))
+        best = table["obs"]["repaired"] / table["repair"]["one-shot"]
+        claims.append(Claim(f"{name}: obs repaired over element1 repaired one-shot", best, 1.0))
         claims.append(
             Claim(
                 f"{name}: element1 repaired over element1",

@@ -75,14 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--importance",
         default="element1",
-        help="vector element1 element2 l1 l2 random, or block_influence for --kinds layer (%(default)s)",
+        help="element1 element2 vector obs fluctuation activation l1 l2 random, or block_influence for "
+        "--kinds layer (%(default)s)",
     )
     prune.add_argument("--aggregation", default="sum", help="sum max product last (%(default)s)")
     prune.add_argument(
         "--calibration", type=_path, metavar="FILE", help=".txt or .jsonl to score the groups on"
     )
-    prune.add_argument("--samples", type=int, default=10, help="calibration samples (%(default)s)")
-    prune.add_argument("--length", type=int, default=64, help="tokens in each (%(default)s)")
+    prune.add_argument(
+        "--samples", type=int, help="calibration samples (10; 32 for obs, fluctuation, activation)"
+    )
+    prune.add_argument("--length", type=int, help="tokens in each (64; 128 for those)")
     prune.add_argument(
         "--output", type=_path, metavar="DIR", help="folder for the pruned model; without it none is written"
     )
@@ -202,7 +205,7 @@ def _print_json(value: Any) -> None:
 def _prune(options: argparse.Namespace) -> None:
     from llmprune.plan import check_choice
     from llmprune.prune import announcer, check_options, prune, save
-    from llmprune.score import check_scoring
+    from llmprune.score import calibration_for, check_scoring
     from llmprune.stages import Stages
 
     check_options(
@@ -239,15 +242,8 @@ def _prune(options: argparse.Namespace) -> None:
             f"--calibration needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
         )
     if options.calibration is not None:
-        from llmprune.calibration import load_calibration
-        from llmprune.score import vocabulary_size
-
-        calibration = load_calibration(
-            options.calibration,
-            tokenizer,
-            samples=options.samples,
-            length=options.length,
-            vocabulary=vocabulary_size(model),
+        calibration = calibration_for(
+            options.importance, model, options.calibration, tokenizer, options.samples, options.length
         )
     before = _judge(model, tokenizer, text, options.generate, clock, "before")
     report = prune(

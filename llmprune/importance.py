@@ -35,6 +35,8 @@ class Importance:
         kernel: The name by which ``_core`` knows the formula, or None for the general path.
         additive: The elementwise value is linear in ``g``, so that contributions of batches and uses simply add up.
         layers: It scores whole blocks (:mod:`llmprune.layer_scores`) and nothing smaller.
+        activations: It is read off the inputs of consumers (:mod:`llmprune.activation_scores`), and there are none of
+            whole blocks.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Importance:
     kernel: str | None
     additive: bool
     layers: bool = False
+    activations: bool = False
 
 
 _REGISTRY: dict[str, Importance] = {}
@@ -60,12 +63,13 @@ def register(
     additive: bool = False,
     finish: Finish = _same,
     layers: bool = False,
+    activations: bool = False,
 ) -> Callable[[Element], Element]:
     """Make the decorated elementwise formula an importance under its own name; see :class:`Importance`."""
 
     def add(element: Element) -> Element:
         name = element.__name__
-        _REGISTRY[name] = Importance(name, order, element, finish, kernel, additive, layers)
+        _REGISTRY[name] = Importance(name, order, element, finish, kernel, additive, layers, activations)
         return element
 
     return add
@@ -127,3 +131,21 @@ def random(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 def block_influence(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """``1 - cos(in, out)`` of a block, averaged over tokens (ShortGPT, Men et al. 2024, eq. 1): of layers only."""
     raise NotImplementedError("block influence is that of a block's stream and has no elementwise formula")
+
+
+@register(1, activations=True)
+def obs(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """``tr(W_P [(H^-1)_PP]^-1 W_P^T)``: the output error left after optimal repair, in rounds (OBC, 2022, eq. 3)."""
+    raise NotImplementedError("obs scores whole groups of inputs and has no elementwise formula")
+
+
+@register(1, activations=True)
+def fluctuation(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """``Var(x_i) |W_:i|^2``: how far from constant what a group contributes is (FLAP, An et al. 2023, eq. 5)."""
+    raise NotImplementedError("fluctuation is that of a consumer's inputs and has no elementwise formula")
+
+
+@register(1, activations=True)
+def activation(w: torch.Tensor, g: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """``sqrt(sum E[x_i^2])``: the L2 norm of the group's activations (Minitron, 2024, section 2.2)."""
+    raise NotImplementedError("activation is that of a consumer's inputs and has no elementwise formula")

@@ -190,9 +190,8 @@ def prune(
     from llmprune.compact import compact
     from llmprune.plan import check_choice
     from llmprune.plan import plan as make_plan
-    from llmprune.repair import load_repair_calibration
     from llmprune.repair import repair as repair_plan
-    from llmprune.score import check_scoring, score
+    from llmprune.score import check_scoring, long_calibration, score
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
 
@@ -239,8 +238,8 @@ def prune(
     repaired = None
     if repair != "none" and (calibration is not None or repair_calibration is not None):
         with clock.stage("repair", "fitting what stays to what goes, by least squares"):
-            batch = load_repair_calibration(
-                calibration if repair_calibration is None else repair_calibration, tokenizer, model
+            batch = long_calibration(
+                model, calibration if repair_calibration is None else repair_calibration, tokenizer
             )
             repaired = repair_plan(model, plan, batch)
     weights = None if repaired is None else repaired.weights

@@ -27,21 +27,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmprune.calibration import Batch, load_calibration
+from llmprune.calibration import Batch
 from llmprune.compact import compacted_copy, gather
 from llmprune.consumers import Taps, Use
 from llmprune.depth import bypassed
 from llmprune.errors import InputError
 from llmprune.least_squares import fit
-from llmprune.loss import SampleLosses, config_value, logits_of
-from llmprune.score import vocabulary_size
+from llmprune.loss import SampleLosses, logits_of
 from llmprune.streaming import undisturbed
 from llmprune.verify import experts_computed_by
 
-SAMPLES = 32
-"""Samples taken from texts for a repair unless asked otherwise."""
-LENGTH = 128
-"""Tokens in each of them."""
 HELD_OUT = 8
 """One sample in so many is held out."""
 ORDERS = ("sequential", "one-shot")
@@ -269,22 +264,6 @@ class _Repairer:
             first, end = np.searchsorted(kept[use.outer], [first, first + count]).tolist()
             count = end - first
         return replace(use, lead=lead, first=first, count=count) if count else None
-
-
-def load_repair_calibration(source: Any, tokenizer: Any, model: nn.Module) -> Batch:
-    """Calibration samples for a repair, from whatever :func:`llmprune.calibration.load_calibration` takes.
-
-    Of texts 32 samples of 128 tokens (of the model's positions, if it has fewer), or as many as they have.
-
-    Raises:
-        CalibrationError, InputError: as that function.
-    """
-    positions = config_value(model, "max_position_embeddings")
-    length = min(LENGTH, positions) if isinstance(positions, int) and positions > 1 else LENGTH
-    batch = load_calibration(
-        source, tokenizer, samples=SAMPLES, length=length, vocabulary=vocabulary_size(model), fewer=True
-    )
-    return batch.to(next(model.parameters()).device)
 
 
 class _Done(Exception):

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmprune.activation_scores import activation_scores
 from llmprune.atomic import write_file
-from llmprune.calibration import LENGTH, SAMPLES, Batch, load_calibration
+from llmprune.calibration import LENGTH, LONG_LENGTH, LONG_SAMPLES, SAMPLES, Batch, load_calibration
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance, lookup
 from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
@@ -31,6 +32,7 @@ from llmprune.loss import SampleLosses, UserLoss, config_value
 from llmprune.plan import check_kinds
 from llmprune.reduction import Reducer, Sums
 from llmprune.streaming import streamed_sums, undisturbed
+from llmprune.verify import experts_computed_by
 from llmprune.wrapped import check_present, on_uncompiled
 
 if TYPE_CHECKING:
@@ -232,6 +234,11 @@ def check_scoring(
             f"importance {importance!r} scores whole layers and nothing smaller: prune kinds=('layer',) by it "
             "(--kinds layer), or choose another importance"
         )
+    if rule.activations and kinds is not None and "layer" in kinds:
+        raise InputError(
+            f"importance {importance!r} has no scores for whole layers: choose block_influence or a gradient's "
+            "importance, or leave the kind 'layer' out"
+        )
     if aggregation not in AGGREGATIONS:
         raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
     if rule.order > 0 and calibration is None:
@@ -251,8 +258,8 @@ def score(
     *,
     seed: int = 0,
     tokenizer: Any = None,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
+    samples: int | None = None,
+    length: int | None = None,
     batch_size: int | None = None,
     checkpointing: bool | None = None,
     pin_boundaries: bool = False,
@@ -280,8 +287,9 @@ def score(
         aggregation: sum, max, product, or last (the last member in execution order).
         seed: For ``random``; the same seed gives the same scores.
         tokenizer: For texts.
-        samples: How many samples to take from texts.
-        length: Their length in tokens.
+        samples: How many samples to take from texts; None for 10, or 32 (or as many as there are) for importances that
+            are read off activations.
+        length: Their length in tokens; None for 64, or 128 for those.
         batch_size: How many samples run at a time; None for as many as fit in memory. It changes the scores by
             rounding only.
         checkpointing: Keep only the inputs of the model's repeated blocks and run each block again in the backward
@@ -289,8 +297,9 @@ def score(
         pin_boundaries: With checkpointing, keep the blocks' inputs in pinned host memory instead of the device's.
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.
-        kinds: Kinds that are to be pruned: ``layer`` has whole layers scored too, and alone nothing else. None: every
-            kind but ``layer`` (only ``layer`` for block_influence).
+        kinds: Kinds that are to be pruned: ``layer`` has whole layers scored too, and alone nothing else; importances
+            read off activations score these kinds only. None: every kind but ``layer`` (only ``layer`` for
+            block_influence).
 
     Raises:
         InputError: an unknown importance or aggregation, the graph of another model, weights that are not finite, not
@@ -320,6 +329,14 @@ def score(
             number: np.random.default_rng((seed, number)).random(size)
             for number, size in [(a.id, a.size) for a in axes] + [(s.id, s.size) for s in stacks]
         }
+    elif rule.activations:
+        axes = [axis for axis in axes if not kinds or axis.kind in kinds]
+        _check_weights(parameters)
+        batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
+        with _damage_named(parameters):
+            values, tables = _of_activations(model, axes, outer, batch, importance, batch_size, quiet)
+            axes = [axis for axis in axes if axis.id in values]
+            _check_finite(axes, values, importance)
     else:
         weights = parameters if not stacks else dict(model.named_parameters())
         _check_weights(weights)
@@ -331,7 +348,7 @@ def score(
                 if rule.order == 0:
                     sums = _weights_only(parameters, rule, partial(_tick, bar))
                 else:
-                    batch = _calibration(model, calibration, tokenizer, samples, length, importance)
+                    batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
                 if axes and batch is not None:
                     tick = partial(_tick, bar)
                     sums = _streamed(
@@ -357,6 +374,25 @@ def score(
         nested=tables,
         pinned=obstacles(model, stacks) if stacks else {},
     )
+
+
+def _of_activations(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    outer: Mapping[int, Axis],
+    batch: Batch,
+    importance: str,
+    batch_size: int | None,
+    quiet: bool | None,
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Scores read off activations, with the model as it was afterwards."""
+    with (
+        undisturbed(model),
+        experts_computed_by("eager", model),
+        _ids_in_range(),
+        tqdm(total=batch.samples, desc=f"scoring ({importance})", unit="sample", disable=quiet) as bar,
+    ):
+        return activation_scores(model, axes, outer, batch, importance, batch_size, bar.update)
 
 
 def _of_layers(
@@ -458,11 +494,51 @@ def _damage_named(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         raise
 
 
-def _calibration(
-    model: nn.Module, source: Any, tokenizer: Any, samples: int, length: int, importance: str
+def calibration_for(
+    importance: str,
+    model: nn.Module,
+    source: Any,
+    tokenizer: Any,
+    samples: int | None = None,
+    length: int | None = None,
 ) -> Batch:
+    """The calibration samples that :func:`score` takes from ``source`` for an importance.
+
+    Raises:
+        CalibrationError, InputError: as :func:`llmprune.calibration.load_calibration`.
+    """
+    if lookup(importance).activations:
+        return long_calibration(model, source, tokenizer, samples, length)
     batch = load_calibration(
-        source, tokenizer, samples=samples, length=length, vocabulary=vocabulary_size(model)
+        source,
+        tokenizer,
+        samples=SAMPLES if samples is None else samples,
+        length=LENGTH if length is None else length,
+        vocabulary=vocabulary_size(model),
+    )
+    return batch.to(next(model.parameters()).device)
+
+
+def long_calibration(
+    model: nn.Module, source: Any, tokenizer: Any, samples: int | None = None, length: int | None = None
+) -> Batch:
+    """Calibration for what is fitted to activations: of texts 32 samples of 128 tokens, or as many as they have.
+
+    Samples are no longer than the model's positions.
+
+    Raises:
+        CalibrationError, InputError: as :func:`llmprune.calibration.load_calibration`.
+    """
+    if length is None:
+        positions = config_value(model, "max_position_embeddings")
+        length = min(LONG_LENGTH, positions) if isinstance(positions, int) and positions > 1 else LONG_LENGTH
+    batch = load_calibration(
+        source,
+        tokenizer,
+        samples=LONG_SAMPLES if samples is None else samples,
+        length=length,
+        vocabulary=vocabulary_size(model),
+        fewer=samples is None,
     )
     return batch.to(next(model.parameters()).device)
 

@@ -16,7 +16,8 @@ from llmprune.calibration import Batch, load_calibration
 from llmprune.consumers import Taps, Use
 from llmprune.errors import InputError, PlanError
 from llmprune.least_squares import fit
-from llmprune.repair import load_repair_calibration, repair
+from llmprune.repair import repair
+from llmprune.score import long_calibration
 
 DEMO = Path(__file__).parents[2] / "demo"
 
@@ -218,5 +219,5 @@ def test_bad_input() -> None:
 
 def test_short_texts_give_fewer_samples() -> None:
     model = build("gpt2")
-    batch = load_repair_calibration(["a" * 700], lambda text: {"input_ids": [5] * len(text)}, model)
+    batch = long_calibration(model, ["a" * 700], lambda text: {"input_ids": [5] * len(text)})
     assert (batch.samples, batch.tokens) == (10, 640)  # of the 64 positions that the model has
