@@ -321,7 +321,7 @@ class Examination:
                 {
                     "jobs": jobs,
                     "inputs": self.inputs,
-                    "class": self.recipe.model,
+                    "dtype": self.recipe.dtype,
                     "attention": self.attention,
                 },
                 file,

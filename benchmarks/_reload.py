@@ -23,7 +23,7 @@ def difference(job: dict[str, Any], given: dict[str, Any]) -> float:
     named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     kind = getattr(transformers, max(names, key=len) if names else named)
     model = kind.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float64, attn_implementation=given["attention"]
+        folder, trust_remote_code=True, dtype=given["dtype"], attn_implementation=given["attention"]
     ).eval()
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation"):

@@ -443,8 +443,8 @@ def _unset_fields(
     for place in names:
         if builder.observe({place: 3}) == builder.observe({place: 5}) == start:
             continue  # it sizes nothing
-        attributes = {vars(module).get(str(place[-1])) for module in model.modules()} if model else set()
-        for value in (*sorted(v for v in attributes if type(v) is int and v > 0), *sizes):
+        attributes = [vars(module).get(str(place[-1])) for module in model.modules()] if model else []
+        for value in (*sorted({v for v in attributes if type(v) is int and v > 0}), *sizes):
             if builder.observe({place: value}) == start and _moved(builder, {}, place, value, start):
                 found[place] = value
                 break

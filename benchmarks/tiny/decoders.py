@@ -39,9 +39,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "openai-gpt": {"afn": "gelu"},
     "trocr": {"decoder_layers": 2},
     "xglm": {"dtype": torch.float32},
+    "xlnet": {"dtype": torch.float32},
     "blt": {
+        "dtype": torch.float32,
         "vocab_size": 101, "encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 61,
-        "patch_in_forward": False, "patching_mode": "static",
         "patcher_config": {**_PART, "hidden_size": 48, "intermediate_size": 56, "head_dim": 8},
         "encoder_config": {**_PART, "hidden_size": 48, "intermediate_size": 56, "hidden_size_global": 72},
         "decoder_config": {**_PART, "hidden_size": 48, "intermediate_size": 58, "hidden_size_global": 72,

@@ -19,7 +19,7 @@ NAMES = (
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "dbrx": {
-        "attn_config": {"kv_n_heads": 3, "clip_qkv": 8}, "num_key_value_heads": ...,
+        "attn_config": {"kv_n_heads": 3, "clip_qkv": 8, "rope_theta": 1e4}, "num_key_value_heads": ...,
         "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 26, "moe_num_experts": 5, "moe_top_k": 2},
     },
     "deepseek_v4": {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 9, "hc_mult": 4},

@@ -64,6 +64,19 @@ def test_a_field_that_was_none_is_stated() -> None:
     assert solve(kind, base, {"n_inner": 90})[0].n_inner == 90
 
 
+def test_a_module_may_hold_anything_under_the_name_of_an_open_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, base = FAMILIES["gpt2"]()
+    base.n_inner = None
+    build = kind.__init__
+
+    def with_a_config(self: Any, config: Any) -> None:
+        build(self, config)
+        self.n_inner = {"unhashable": config}
+
+    monkeypatch.setattr(kind, "__init__", with_a_config)
+    assert solve(kind, base, {"n_inner": 90})[0].n_inner == 90
+
+
 def test_sizes_that_are_products_of_two_changed_fields() -> None:
     """Newton's steps: a fused projection of (heads + 2 groups) x width."""
     base = tf.Phi3Config(**{**SIZES, "pad_token_id": 0})
