@@ -56,6 +56,7 @@ typedef enum {
     LP_REASON_DECLARED,  /* a rule declared from outside says so */
     LP_REASON_NUMBERED,  /* integers that name its positions are used as numbers */
     LP_REASON_REMAINS,   /* a value that does not vanish with the weights is summed over it */
+    LP_REASON_EMPTY,     /* an operation took an empty part of it, or of what it meets */
     LP_REASON_MARK_BASE, /* from here on: marks, which do not freeze */
     LP_MARK_MEAN = LP_REASON_MARK_BASE,
     LP_MARK_EXTREME,

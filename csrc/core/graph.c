@@ -476,6 +476,12 @@ static lp_status adopt_input(lp_graph *graph, lp_tensor *tensor, void *context, 
     return LP_OK;
 }
 
+static lp_status freeze_input(lp_graph *graph, lp_tensor *tensor, void *context, lp_error *err)
+{
+    (void)graph;
+    return lp_freeze_tensor(context, tensor, LP_REASON_EMPTY, err);
+}
+
 static int64_t elements(const lp_tensor *tensor)
 {
     int64_t count = 1;
@@ -552,7 +558,9 @@ static lp_status run_op(lp_run *run, lp_op *op, lp_error *err)
         if (out != NULL)
             *(has_no_elements(out) ? &empty : &full) = true;
     }
-    if (empty && !full) { /* nothing passes through an empty result */
+    if (empty && !full) { /* nothing passes through an empty result, but other inputs would fill it */
+        if (origin.weight)
+            LP_TRY(lp_visit_inputs(graph, op, freeze_input, run, err));
         for (size_t i = 0; i < op->output_count; i++)
             LP_TRY(lp_set_fresh(run, op, i, LP_REASON_CONSTANT, err));
     } else if (op->rule != NULL) {

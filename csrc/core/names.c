@@ -98,6 +98,8 @@ const char *lp_reason_text(lp_reason reason)
         return "numbers of its positions are compared or computed with";
     case LP_REASON_REMAINS:
         return "summed over where zero weights do not make it zero";
+    case LP_REASON_EMPTY:
+        return "these inputs left an operation on it empty";
     case LP_MARK_MEAN:
         return "a mean is taken over it";
     case LP_MARK_EXTREME:

@@ -76,7 +76,11 @@ LP_DECLARE_RULE(lp_rule_layer_norm); /* detail: position of the first weight */
 LP_DECLARE_RULE(lp_rule_group_norm);
 LP_DECLARE_RULE(lp_rule_batch_norm);
 LP_DECLARE_RULE(lp_rule_weight_norm);
-LP_DECLARE_RULE(lp_rule_pool); /* detail: number of spatial dimensions */
+
+/* rules_space.c: windows, padding, shuffles, transforms */
+LP_DECLARE_RULE(lp_rule_pool);    /* detail: number of spatial dimensions */
+LP_DECLARE_RULE(lp_rule_shuffle); /* detail: number of dimensions behind the channels */
+LP_DECLARE_RULE(lp_rule_fourier);
 
 /* rules_declared.c: what lp_graph_declare was given */
 LP_DECLARE_RULE(lp_rule_declared);

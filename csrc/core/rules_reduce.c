@@ -233,23 +233,3 @@ lp_status lp_rule_weight_norm(lp_run *run, const lp_op *op, lp_error *err)
         LP_TRY(lp_set_output(run, op, i, norms, err));
     return LP_OK;
 }
-
-lp_status lp_rule_pool(lp_run *run, const lp_op *op, lp_error *err)
-{
-    lp_tensor *input = lp_op_tensor(run->graph, op, 0), *out = lp_op_output(run->graph, op, 0);
-    lp_expr dims[LP_MAX_DIMS] = {{0, 0}};
-
-    if (input == NULL || out == NULL || input->ndim < op->detail || out->ndim != input->ndim)
-        return lp_rule_unknown(run, op, err);
-    for (size_t d = 0; d < input->ndim; d++) {
-        dims[d] = input->dims[d];
-        if (d + op->detail < input->ndim)
-            continue;
-        LP_TRY(lp_axes_note(run->axes, input->dims[d], LP_REASON_SPATIAL, err));
-        LP_TRY(lp_axes_fresh(run->axes, out->sizes[d], &dims[d], err));
-        LP_TRY(lp_axes_note(run->axes, dims[d], LP_REASON_SPATIAL, err));
-    }
-    for (size_t i = 0; i < op->output_count; i++)
-        LP_TRY(lp_set_output(run, op, i, dims, err));
-    return LP_OK;
-}

@@ -489,8 +489,59 @@ static void test_constants_and_positions(void)
     end();
 }
 
+static void test_windows_and_shuffles(void)
+{
+    int64_t w1, w2, x, y, out;
+
+    begin(); /* unfold and fold: (1, 4, 6, 6) -> windows of 9 -> (1, 36, 16) -> (1, 4, 6, 6) */
+    x = tape_input(&t, SHAPE(1, 3, 6, 6));
+    w1 = tape_parameter(&t, SHAPE(4, 3, 1, 1)), w2 = tape_parameter(&t, SHAPE(2, 36));
+    y = tape_op(&t, "convolution", ARGS(T(x), T(w1), NO, IS(1, 1), IS(0, 0), IS(1, 1), B(0), IS(0, 0), I(1)),
+                SHAPE(1, 4, 6, 6));
+    y = tape_op(&t, "im2col", ARGS(T(y), IS(3, 3), IS(1, 1), IS(0, 0), IS(1, 1)), SHAPE(1, 36, 16));
+    out = tape_op(&t, "matmul", ARGS(T(w2), T(y)), SHAPE(1, 2, 16));
+    if (build(out)) {
+        CHECK(same(w1, 0, 0, w2, 1, 0) && prunable(w1, 0, 0), "a channel is a block of its window");
+        CHECK(frozen(w2, 1, 1, LP_REASON_SPATIAL), "places in the window stay");
+    }
+    end();
+
+    begin(); /* pixel_shuffle: channels 12 = 3 x (2 x 2), pixel_unshuffle back */
+    x = tape_input(&t, SHAPE(1, 5, 4, 4));
+    w1 = tape_parameter(&t, SHAPE(12, 5, 1, 1)), w2 = tape_parameter(&t, SHAPE(2, 12, 1, 1));
+    y = tape_op(&t, "convolution", ARGS(T(x), T(w1), NO, IS(1, 1), IS(0, 0), IS(1, 1), B(0), IS(0, 0), I(1)),
+                SHAPE(1, 12, 4, 4));
+    y = tape_op(&t, "pixel_shuffle", ARGS(T(y), I(2)), SHAPE(1, 3, 8, 8));
+    y = tape_op(&t, "reflection_pad2d", ARGS(T(y), IS(1, 1, 1, 1)), SHAPE(1, 3, 10, 10));
+    y = tape_op(&t, "pixel_unshuffle", ARGS(T(y), I(2)), SHAPE(1, 12, 5, 5));
+    out =
+        tape_op(&t, "convolution", ARGS(T(y), T(w2), NO, IS(1, 1), IS(0, 0), IS(1, 1), B(0), IS(0, 0), I(1)),
+                SHAPE(1, 2, 5, 5));
+    if (build(out)) {
+        CHECK(same(w1, 0, 0, w2, 1, 0) && prunable(w1, 0, 0), "three channels go through");
+        CHECK(frozen(w1, 0, 1, LP_REASON_SPATIAL) && frozen(w2, 1, 1, LP_REASON_SPATIAL), "pixels do not");
+    }
+    end();
+
+    begin(); /* a transform mixes what it runs over and nothing else */
+    y = produce(6, &w1);
+    y = tape_op(&t, "_fft_r2c", ARGS(T(y), IS(0), I(0), B(0)), SHAPE(2, 6));
+    y = consume(y, 2, 6, &w2);
+    if (build(y))
+        CHECK(same(w1, 0, 0, w2, 1, 0) && prunable(w1, 0, 0), "over the batch");
+    end();
+    begin();
+    y = produce(6, &w1);
+    y = tape_op(&t, "_fft_r2c", ARGS(T(y), IS(1), I(0), B(1)), SHAPE(2, 4));
+    y = consume(y, 2, 4, &w2);
+    if (build(y))
+        CHECK(frozen(w1, 0, 0, LP_REASON_ORDER) && frozen(w2, 1, 0, LP_REASON_ORDER), "over the features");
+    end();
+}
+
 int main(void)
 {
+    test_windows_and_shuffles();
     test_embedding_and_residual();
     test_topk_values_tie_the_experts();
     test_gather_scatter();
