@@ -73,8 +73,11 @@ class _Maker:
         """Inputs, beginning with the model's main one."""
         names, inputs = self.names, dict[str, torch.Tensor]()
         vision = _part(self.config, "vision_config")
+        joint = vision is not None or main == "pixel_values" or _is_picture(self.config)
         blocks: list[tuple[int, int]] = []
-        if "pixel_values" in names and (main == "pixel_values" or vision is not None):
+        if "pixel_values" in names and joint:
+            if "qformer_input_ids" in names:  # what the image is to be read for
+                inputs["qformer_input_ids"] = self._ids(_nested(self.config, "qformer_config"), self.length)
             tokens = self._images(inputs, self.config if vision is None else vision)
             image = _get(self.config, "image_token_id", "image_token_index")
             if image is not None:
@@ -85,7 +88,7 @@ class _Maker:
             audio = _get(self.config, "audio_token_id", "audio_token_index")
             if audio is not None and main != "input_features":
                 self._lengths(inputs)
-                blocks.append((audio, self._count("get_audio_features", inputs, 0)))
+                blocks.append((audio, self._count("get_audio_features", inputs, 1)))
         if "input_values" in names and main == "input_values":
             inputs["input_values"] = self._waveform()
         if "input_ids" in names and main not in ("input_features", "input_values"):
@@ -124,8 +127,6 @@ class _Maker:
             inputs["token_type_ids"] = (ids == image).long()
         if "bbox" in self.names:
             inputs["bbox"] = torch.zeros((*ids.shape, 4), dtype=torch.long)
-        if "qformer_input_ids" in self.names:
-            inputs["qformer_input_ids"] = self._ids(_nested(self.config, "qformer_config"), self.length)
         if "pixel_values" not in inputs:
             return
         if "image_attention_mask" in self.names:
@@ -267,6 +268,11 @@ def _get(config: Any, *names: str, default: Any = None) -> Any:
 def _nested(config: Any, name: str) -> Any:
     value = getattr(config, name, None)
     return value if value is not None and not isinstance(value, Mapping) else None
+
+
+def _is_picture(config: Any) -> bool:
+    """Whether a config without parts describes images beside its text."""
+    return _get(config, "image_size") is not None and _get(config, "patch_size") is not None
 
 
 def _part(config: Any, name: str) -> Any:

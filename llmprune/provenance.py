@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 
 from llmprune.declared import size_equations
@@ -194,7 +195,7 @@ class SizeMode(TorchFunctionMode):
 
     def spent(self, tree: Tree, into: Any = None) -> None:
         """Note that the value of ``tree`` entered arithmetic as a number, giving the tensor ``into`` if known."""
-        target = self.tensor_id(into) if isinstance(into, torch.Tensor) else -1
+        target = self.tensor_id(_inside(into)) if isinstance(into, torch.Tensor) else -1
         self.value_used[tree, self.scope(), target] = None
 
     def met(self, a: Tree, b: Tree) -> None:
@@ -208,7 +209,9 @@ class SizeMode(TorchFunctionMode):
         return PInt(value, ("attr", module, name, value), self)
 
     def shape(self, tensor: torch.Tensor) -> torch.Size:
-        """The sizes of a tensor, each remembering where it was read."""
+        """The sizes of a tensor, each remembering where it was read; plain ones inside vmap, whose dims no tape has."""
+        if _functorch.is_functorch_wrapped_tensor(tensor):
+            return tensor.shape
         tid = self.tensor_id(tensor)
         plain, known = self._shapes.get(tid, (None, None))
         sizes = tensor.shape
@@ -219,6 +222,8 @@ class SizeMode(TorchFunctionMode):
 
     def equate(self, tensor: Any, dim: int, size: Any, where: str) -> None:
         """Note that ``size`` (if its origin is known) gave ``tensor.shape[dim]``."""
+        if _functorch.is_functorch_wrapped_tensor(tensor):
+            return
         if type(size) is PInt and tensor.shape[dim] == size:
             self.equations[self.tensor_id(tensor), dim, size.tree, where, self.scope()] = None
 
@@ -276,6 +281,13 @@ def _sizes_within(values: Sequence[Any]) -> Iterator[PInt]:
             yield value
         elif type(value) in (list, tuple):
             yield from _sizes_within(value)
+
+
+def _inside(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that a transformation (vmap) has wrapped."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
 Handler = Callable[[SizeMode, str, Sequence[Any], Mapping[str, Any], Any], Any]

@@ -35,10 +35,11 @@ class _Tower(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """The features, in tensors (..., hidden)."""
         result = getattr(self.model.get_submodule(self._find), self._method)(**inputs)
-        return result if isinstance(result, torch.Tensor) else getattr(result, "pooler_output", result)
+        features = getattr(result, "pooler_output", None)
+        return result if features is None else features
 
 
-def token_count(model: nn.Module, method: str, inputs: Mapping[str, Any], batch: int) -> int | None:
+def token_count(model: nn.Module, method: str, inputs: Mapping[str, torch.Tensor], batch: int) -> int | None:
     """Feature vectors for each of ``batch`` samples.
 
     Args:
@@ -52,12 +53,19 @@ def token_count(model: nn.Module, method: str, inputs: Mapping[str, Any], batch:
     """
     from llmprune.trace import record
 
-    owners = [model, *model.children()]
-    owner = next((module for module in owners if callable(getattr(module, method, None))), None)
-    if owner is None:
+    for owner in (model, *model.children()):
+        function = getattr(owner, method, None)
+        known = inspect.signature(function).parameters if callable(function) else {}
+        if any(name in known for name in inputs):
+            break
+    else:
         return None
-    known = inspect.signature(getattr(owner, method)).parameters
-    given = {name: value for name, value in inputs.items() if name in known}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    given = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in inputs.items()
+        if name in known
+    }
     try:
         tape = record(_Tower(model, owner, method), given)
     except LlmpruneError as error:

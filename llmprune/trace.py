@@ -18,7 +18,7 @@ from llmprune.graph import Graph
 from llmprune.inputs import example_inputs
 from llmprune.recording import Recording, Setup
 from llmprune.tape import Tape, leaves
-from llmprune.trial import Trial, freeze_failures
+from llmprune.trial import Trial, freeze_as_in, freeze_failures, unclosable
 from llmprune.wrapped import check_unpacked, on_uncompiled
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,10 @@ def _try_cuts(model: nn.Module, inputs: dict[str, Any], graph: Graph, excerpt: E
     trial = Trial(model, inputs, setup, forms, excerpt if part is not graph else Excerpt())
     failures = trial.failures(part)
     if part is not graph:
-        freeze_failures(graph, part, failures)
+        while failures:  # what goes only along with an axis that is frozen now cannot go either
+            freeze_failures(graph, part, failures)
+            freeze_as_in(part, graph)
+            failures = unclosable(part)
     else:
         for axis, reason in failures.items():
             graph.freeze(axis, reason)

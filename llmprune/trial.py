@@ -98,6 +98,26 @@ class Trial:
         return None if got == shapes else f"its outputs have shapes {got} instead of {shapes}"
 
 
+def unclosable(graph: Graph) -> dict[int, str]:
+    """Axes of which no plan removes an index, with the reason."""
+    found = {}
+    for axis in [axis.id for axis in graph.axes if axis.prunable and axis.size > 1]:
+        try:
+            plan(graph, removed={axis: [0]})
+        except PlanError as error:
+            found[axis] = f"no plan removes an index of it alone: {error}"
+    return found
+
+
+def freeze_as_in(excerpt_graph: Graph, graph: Graph) -> None:
+    """Freeze in an excerpt what is frozen in the whole model."""
+    whole = SecondForm(graph, excerpt_graph)
+    for axis in [axis.id for axis in excerpt_graph.axes if axis.prunable]:
+        frozen = [graph.axes[n] for n in whole.everywhere(axis) if not graph.axes[n].prunable]
+        if frozen and frozen[0].reasons:
+            excerpt_graph.freeze(axis, frozen[0].reasons[0])
+
+
 def freeze_failures(graph: Graph, excerpt_graph: Graph, failures: Mapping[int, str]) -> None:
     """Freeze what failed in an excerpt, in the whole model: in the blocks that ran and in those that are like them."""
     if not failures:

@@ -77,29 +77,37 @@ def leave_out_hooks(model: nn.Module) -> list[str]:
     """Take the hooks of the model's user off its modules, for as long as someone else restores ``__dict__``.
 
     They are there to see or change real activations; stand-ins, trial runs and masked references are none. Hooks of
-    torch itself (an older weight norm computes its weight in one) belong to the model and stay.
+    torch itself (an older weight norm computes its weight in one) and of the package that the model's classes are from
+    (transformers collects hidden states by such) belong to the model and stay.
 
     Returns:
         Paths of the modules that had some.
     """
     found = []
+    packages = {"torch", "llmprune"} | {_package(type(module).__module__) for module in model.modules()} - {""}
     for path, module in model.named_modules():
         for table in _HOOKS:
             hooks = module.__dict__.get(table)
             if not hooks:
                 continue
-            own = OrderedDict((key, hook) for key, hook in hooks.items() if _is_ours(hook))
+            own = OrderedDict((key, hook) for key, hook in hooks.items() if _origin(hook) in packages)
             if len(own) != len(hooks):
                 module.__dict__[table] = own
                 found.append(path)
     return list(dict.fromkeys(found))
 
 
-def _is_ours(hook: Any) -> bool:
+def _origin(hook: Any) -> str:
+    """The package a hook was written in."""
     while isinstance(hook, partial):
         hook = hook.func
-    origin = getattr(hook, "__module__", None) or type(hook).__module__
-    return origin.partition(".")[0] in ("torch", "llmprune")
+    return _package(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+def _package(module: str) -> str:
+    """The outermost package of a module; "" for one in none (a script, a notebook)."""
+    package, dot, _ = module.partition(".")
+    return package if dot or package == "torch" else ""
 
 
 @contextmanager
