@@ -53,12 +53,24 @@ def nested(kind: str | type[Any], /, *, tower: bool = False, **overrides: Any) -
         fields |= {name: size for name, size in sizes.items() if name in values}
     lists = [name for name, value in values.items() if isinstance(value, list | tuple | dict)]
     fields |= dict.fromkeys((name for name in lists if name != "layer_types"), ...)
+    for name in lists:
+        if name in ("image_size", "patch_size"):
+            fields[name] = [_PICTURE[name]] * len(values[name])
+    fields |= _placeholders(values)
     for name, part in vars(default).items():
         if isinstance(part, transformers.PretrainedConfig):
             own = overrides.pop(name, {})
             is_tower = tower or not any(word in name for word in ("text", "decoder", "llm", "language"))
             fields[name] = nested(type(part), tower=is_tower, **own) if isinstance(own, Mapping) else own
     return small(kind, **(fields | overrides))
+
+
+def _placeholders(values: Mapping[str, Any]) -> dict[str, int]:
+    """Ids inside the tiny vocabulary for the tokens that stand for images and sounds."""
+    own = ("pad_token_id", "bos_token_id", "eos_token_id")
+    named = [name for name in values if name.endswith(("_token_id", "_token_index")) and name not in own]
+    names = [name for name in named if isinstance(values[name], int) and values[name] > 90]
+    return {name: 99 - place for place, name in enumerate(names)}
 
 
 def of_type(name: str, /, **overrides: Any) -> Any:
