@@ -84,7 +84,9 @@ def leave_out_hooks(model: nn.Module) -> list[str]:
         Paths of the modules that had some.
     """
     found = []
-    packages = {"torch", "llmprune"} | {_package(type(module).__module__) for module in model.modules()} - {""}
+    packages = {"torch", "llmprune"} | {_package(type(module).__module__) for module in model.modules()} - {
+        ""
+    }
     for path, module in model.named_modules():
         for table in _HOOKS:
             hooks = module.__dict__.get(table)
