@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--round-to", type=int, default=1, metavar="N", help="keep FFN channels in multiples of this"
     )
+    prune.add_argument(
+        "--norms", default="rescaled", help="RMS norms over removed channels: rescaled or kept (%(default)s)"
+    )
     prune.add_argument("--scope", metavar="MODULE", help="prune only below this module")
     prune.add_argument(
         "--repair", default="auto", help="ls (least squares), none, or auto: ls if there is calibration"
@@ -225,6 +228,7 @@ def _prune(options: argparse.Namespace) -> None:
         protect_first=options.protect_first,
         protect_last=options.protect_last,
         round_to=options.round_to,
+        norms=options.norms,
     )
     _check_file(options.calibration, "calibration file")
     _check_file(options.repair_calibration, "repair calibration file")
@@ -258,6 +262,7 @@ def _prune(options: argparse.Namespace) -> None:
         protect_first=options.protect_first,
         protect_last=options.protect_last,
         round_to=options.round_to,
+        norms=options.norms,
         scope=options.scope,
         seed=options.seed,
         repair=options.repair,

@@ -23,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 from llmprune import _core, cuda, depth, record
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
+from llmprune.norms import Rescale
 from llmprune.record import AttributeValue, Compaction, Positions
 from llmprune.wrapped import check_present, on_uncompiled
 
@@ -43,13 +44,17 @@ _BUILTIN_SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor to be cut: its name, the tensor, and dimension -> kept positions (sorted, unique, int64)."""
+    """One tensor to be cut: its name, the tensor, and dimension -> kept positions (sorted, unique, int64).
+
+    ``scale`` is set for the weight of a norm that is scaled besides.
+    """
 
     name: str
     tensor: torch.Tensor
     kept: dict[int, Positions]
     values: torch.Tensor | None = None
     """What it is to hold after the cut; None: what it held."""
+    scale: Rescale | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -202,11 +207,13 @@ def prepare(
             f"the plan does not fit this {type(model).__name__}: {why}; trace the model and plan again"
         )
     tensors: dict[str, torch.Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    scales = {scale.parameter: scale for scale in getattr(plan, "rescaled", ())}
     cuts = []
     for name, dims in plan.kept.items():
         if name not in tensors:
             raise PlanError(f"the plan cuts {name!r}, which this {type(model).__name__} does not have")
-        cuts.append(Cut(name, tensors[name], _checked_positions(name, tensors[name], dims)))
+        kept = _checked_positions(name, tensors[name], dims)
+        cuts.append(Cut(name, tensors[name], kept, scale=scales.get(name)))
     cuts = _with_values(cuts, weights or {})
     _check_tensors(tensors, cuts)
     attributes = [AttributeValue(a.module, a.name, a.index, a.new) for a in plan.attributes]
@@ -234,7 +241,8 @@ def _with_values(cuts: list[Cut], weights: Mapping[str, torch.Tensor]) -> list[C
 def _smaller(cut: Cut) -> torch.Tensor:
     """What a cut's tensor is to hold, as a tensor of its own."""
     if cut.values is None:
-        return gather(cut.tensor, cut.kept)
+        smaller = gather(cut.tensor, cut.kept)
+        return smaller if cut.scale is None else cut.scale.apply(smaller)
     return cut.values.detach().to(cut.tensor.device, cut.tensor.dtype, copy=True).contiguous()
 
 
@@ -437,6 +445,8 @@ def _replace(cut: Cut) -> None:
         smaller = squeeze(tensor, cut.kept)
         if cut.values is not None:
             smaller.copy_(cut.values)
+        elif cut.scale is not None:
+            smaller.copy_(cut.scale.apply(smaller))
         log.warning("no memory for a second %s: compacted in place, its old size stays taken", cut.name)
     _give(tensor, smaller)
 

@@ -78,8 +78,8 @@ class Attribute:
     module: str
     name: str
     index: int | None
-    old: int
-    new: int
+    old: int | float
+    new: int | float
 
     @classmethod
     def of(cls, leaf: Leaf, old: int, new: int) -> Attribute:

@@ -420,14 +420,24 @@ class Graph:
             )
         return min(shared)
 
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, int], int]:
+        """(name, how many of that name come before) -> the operation's place on the tape."""
+        nth: dict[str, int] = {}
+        numbers = {}
+        for number, op in enumerate(self.tape.ops):
+            numbers[op[0], nth.get(op[0], 0)] = number
+            nth[op[0]] = nth.get(op[0], 0) + 1
+        return numbers
+
+    def numbered(self, name: str, nth: int) -> int:
+        """The place on the tape of the ``nth`` operation (from 0) called ``name``."""
+        return self._numbers[name, nth]
+
     def marked_ops(self, removed: Removed) -> list[MarkedOp]:
         """Operations that normalise over a dimension that loses positions."""
         flat = {i: np.unique(np.asarray(v, dtype=np.int64)) for i, v in removed.items() if np.size(v)}
-        nth: dict[str, int] = {}
-        order: dict[int, int] = {}
-        for number, op in enumerate(self.tape.ops):
-            order[number] = nth.get(op[0], 0)
-            nth[op[0]] = order[number] + 1
+        order = {number: nth for (_name, nth), number in self._numbers.items()}
         found = []
         for number, tensor, dim in self._core.marked():
             touched = {i: flat[i] for i in self.dim_axes(tensor, dim) if i in flat}

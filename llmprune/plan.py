@@ -33,6 +33,7 @@ from llmprune.layer_choice import (
     with_axes,
 )
 from llmprune.layers import Drop, LayerAxis
+from llmprune.norms import NORMS, Norm, Rescale, rescales
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
@@ -96,6 +97,7 @@ class Plan:
         fingerprint: of the traced model; a plan fits no other.
         options: the arguments it was made with.
         layers: the blocks that leave each stack; their parameters are in no other list.
+        rescaled: weights of norms that are scaled when they are cut (:mod:`llmprune.norms`).
     """
 
     removed: dict[int, Indices]
@@ -108,6 +110,7 @@ class Plan:
     fingerprint: str
     options: dict[str, Any] = field(default_factory=dict)
     layers: list[Drop] = field(default_factory=list)
+    rescaled: list[Rescale] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -136,6 +139,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "options": self.options,
             "layers": [{**vars(drop), "removed": encode_indices(drop.removed)} for drop in self.layers],
+            "rescaled": [vars(one) for one in self.rescaled],
         }
 
     @classmethod
@@ -184,6 +188,7 @@ class Plan:
                     Drop(**{**drop, "removed": decode_indices(drop["removed"])})
                     for drop in data.get("layers", [])
                 ],
+                rescaled=[Rescale(**one) for one in data.get("rescaled", ())],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"this pruning plan is damaged ({type(error).__name__}: {error})") from error
@@ -257,6 +262,7 @@ def plan(
     round_to: int = 1,
     scope: str | None = None,
     seed: int = 0,
+    norms: str = "rescaled",
 ) -> Plan:
     """Choose what to remove.
 
@@ -279,6 +285,10 @@ def plan(
         round_to: kept FFN channels per layer must be a multiple of this.
         scope: module path; only axes all of whose parameters lie under it may give.
         seed: recorded in the plan; nothing here is random.
+        norms: what a root-mean-square norm becomes that loses positions (hidden channels). ``rescaled``: its weight and
+            epsilon are scaled, and the pruned model equals the original with the removed parameters set to zero.
+            ``kept``: weight and epsilon stay, and it equals that model with the mean taken over the kept positions.
+            Other norms are always as with ``kept``.
 
     Returns:
         The plan, closed over ties: it may remove more than asked where sizes are tied, and never fewer.
@@ -289,6 +299,7 @@ def plan(
     """
     if (ratio is None) == (removed is None):
         raise InputError("plan needs either a ratio (with scores) or explicit indices in removed, not both")
+    _check_norms(norms)
     axes = {axis.id: axis for axis in graph.axes}
     chosen: Chosen = {}
     system = System(graph.axes, _sources(graph))
@@ -313,6 +324,7 @@ def plan(
             protect_first=protect_first,
             protect_last=protect_last,
             round_to=round_to,
+            norms=norms,
         )
         options |= {
             "ratio": dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
@@ -340,17 +352,28 @@ def plan(
     }
     attributes = [Attribute.of(leaf, system.old[leaf], new) for leaf, new in sorted(changed.items())]
     blocks = {axis: np.array(gone, dtype=np.int64) for axis, gone in chosen.items() if gone}
+    marked = list(graph.marked_ops(final))
+    scaled: list[tuple[Norm, Rescale]] = []
+    if norms == "rescaled" and marked:
+        marked, scaled = rescales(graph, marked, final)
+        scaled = [pair for pair in scaled if not (prefixes and f"{pair[0].module}.".startswith(prefixes))]
+        if scaled:
+            options["norms"] = norms
+    for norm, by in scaled:
+        grown = norm.epsilon * by.before / by.after
+        attributes.append(Attribute(norm.module, norm.attribute, None, norm.epsilon, grown))
     return Plan(
         removed={**final, **blocks},
         kept={n: dims for n, dims in graph.kept(final).items() if not (prefixes and n.startswith(prefixes))},
         attributes=[a for a in attributes if not (prefixes and f"{a.module}.".startswith(prefixes))],
-        marked=list(graph.marked_ops(final)),
+        marked=marked,
         axes=_summaries(graph, final) | block_summaries(graph, blocks),
         parameters_before=graph.numel({}),
         parameters_after=graph.numel(counts, drops),
         fingerprint=graph.fingerprint,
         options=options,
         layers=drops,
+        rescaled=[by for _, by in scaled],
     )
 
 
@@ -518,6 +541,7 @@ def check_choice(
     protect_first: int | None = None,
     protect_last: int | None = None,
     round_to: int = 1,
+    norms: str = "rescaled",
 ) -> None:
     """Refuse what :func:`plan` refuses of these arguments for any graph, before anybody pays for a graph and scores.
 
@@ -535,6 +559,7 @@ def check_choice(
         raise InputError(f"ratio must lie strictly between 0 and 1, not {ratio}")
     if allocation not in ALLOCATIONS:
         raise InputError(f"unknown allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
+    _check_norms(norms)
     for name, value, least in (
         ("protect_first", protect_first, 0),
         ("protect_last", protect_last, 0),
@@ -553,6 +578,11 @@ def check_kinds(kinds: Sequence[str]) -> None:
             raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
     if not list(kinds):
         raise InputError(f"no kind of axis to prune was named: the kinds are {', '.join(KINDS)}")
+
+
+def _check_norms(norms: str) -> None:
+    if norms not in NORMS:
+        raise InputError(f"unknown treatment of norms {norms!r}: there are {' and '.join(NORMS)}")
 
 
 def _check_scope(graph: Graph, scope: str | None) -> None:

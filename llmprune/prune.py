@@ -138,6 +138,7 @@ def prune(
     round_to: int = 1,
     scope: str | None = None,
     seed: int = 0,
+    norms: str = "rescaled",
     inputs: Mapping[str, Any] | None = None,
     repair: str = "auto",
     repair_calibration: Any = None,
@@ -168,6 +169,7 @@ def prune(
         round_to: kept FFN channels per layer are a multiple of this.
         scope: module path; only what lies under it may give.
         seed: of the importance ``random``.
+        norms: ``rescaled`` or ``kept``, as for :func:`llmprune.plan`.
         inputs: as for :func:`llmprune.trace`.
         repair: ``ls`` gives what stays new weights by least squares (:mod:`llmprune.repair`), ``none`` leaves them;
             ``auto`` is ``ls`` wherever there are calibration data.
@@ -205,6 +207,7 @@ def prune(
         protect_first=protect_first,
         protect_last=protect_last,
         round_to=round_to,
+        norms=norms,
     )
     clock = Stages(announcer(quiet)) if stages is None else stages
     bytes_before = model_bytes(model)
@@ -234,6 +237,7 @@ def prune(
             round_to=round_to,
             scope=scope,
             seed=seed,
+            norms=norms,
         )
     repaired = None
     if repair != "none" and (calibration is not None or repair_calibration is not None):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from llmprune.errors import InputError, VerificationError
+from llmprune.norms import rescales
 from llmprune.record import Compaction
 from llmprune.verify import Verification, compare, holding, outputs_of
 
@@ -118,7 +119,12 @@ def _against(
                 f"blocks of {path} are gone by the record, but the original given has no such stack"
             )
         drops.append(stack.drop(set(range(stack.size)) - set(left)))
-    masked = SimpleNamespace(kept=record.kept, marked=graph.marked_ops(_removed(graph, record)), layers=drops)
+    removed = _removed(graph, record)
+    marked = graph.marked_ops(removed)
+    rescaled: list[Any] = []
+    if any(step.options.get("norms") == "rescaled" for step in record.history):
+        marked, rescaled = rescales(graph, marked, removed)
+    masked = SimpleNamespace(kept=record.kept, marked=marked, rescaled=rescaled, layers=drops)
 
     def counterpart(other: nn.Module) -> nn.Module:
         return model if other is original else copy.deepcopy(model).to(next(other.parameters()).dtype)

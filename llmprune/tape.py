@@ -48,6 +48,7 @@ class Tape:
             is like.
         rules: operations recorded with a registered rule: name -> the rule, and the ``places`` and ``names`` of its
             arguments (:mod:`llmprune.rules`).
+        norms: root-mean-square norms among the modules, as fields of :class:`llmprune.norms.Norm`.
         notes: what the recording had to do (fallbacks), for the report.
     """
 
@@ -64,6 +65,7 @@ class Tape:
     second: Tape | None = None
     replicas: list[list[str]] = field(default_factory=list)
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    norms: list[list[Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

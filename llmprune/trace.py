@@ -16,6 +16,7 @@ from llmprune.borrow import no_collection
 from llmprune.errors import InputError, TraceError
 from llmprune.graph import Graph
 from llmprune.inputs import example_inputs
+from llmprune.norms import find_norms
 from llmprune.recording import Recording, Setup
 from llmprune.tape import Tape, leaves
 from llmprune.trial import Trial, freeze_as_in, freeze_failures, unclosable
@@ -47,6 +48,7 @@ def trace(model: nn.Module, inputs: Any = None) -> Graph:
         tape = _record(model, keywords, "auto", None)
         excerpt = find_excerpt(model, tape)
         tape.second = record_second_form(model, keywords, tape, excerpt)
+        tape.norms = find_norms(model, tape)
         graph = Graph.from_tape(tape, model)
         _try_cuts(model, keywords, graph, excerpt)
     return graph

@@ -148,6 +148,8 @@ def _compare_in(
 ) -> Verification:
     """Compare ``twin`` with the masked form of ``model``, both in ``dtype``."""
     tolerance = TOLERANCE.get(dtype, 1e-5)
+    if getattr(plan, "rescaled", ()):  # norms round to float32 inside, and differently where they are scaled
+        tolerance = max(tolerance, TOLERANCE[torch.float32])
     worst, worst_relative, worst_scale = 0.0, 0.0, 0.0
     names: tuple[str, ...] = ()
     batches = _batches(inputs)

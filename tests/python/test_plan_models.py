@@ -169,10 +169,12 @@ def test_json_holds_everything(tmp_path: Any) -> None:
     model = llama()
     graph = llmprune.trace(model)
     channel = of_kind(graph, "channel")[0]
-    plan = llmprune.plan(graph, random_scores(graph), removed={channel.id: [3, 4]})
-    assert plan.marked
-    plan.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == plan
+    for norms in ("rescaled", "kept"):
+        plan = llmprune.plan(graph, random_scores(graph), removed={channel.id: [3, 4]}, norms=norms)
+        assert bool(plan.marked) == (norms == "kept")
+        assert bool(plan.rescaled) == (norms == "rescaled")
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
 
 
 def test_a_frozen_axis_says_why() -> None:
