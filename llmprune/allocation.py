@@ -95,6 +95,7 @@ class Candidate:
         multiple: the number of kept indices must be a multiple of this.
         nested: float64 (outer size, size) for an axis that gives up a different choice for every index of the axis
             around it, as many each; ``scores`` are then the sums of the lowest, second lowest, ... of every row.
+        least: how many indices have to stay.
     """
 
     axis: int
@@ -103,6 +104,7 @@ class Candidate:
     scores: Array
     multiple: int = 1
     nested: Array | None = None
+    least: int = 1
 
     @cached_property
     def order(self) -> Indices:
@@ -118,7 +120,7 @@ class Candidate:
     def removals(self) -> Indices:
         """Removed counts after each step, ascending; empty where not even one step is possible."""
         kept = np.arange(self.size // self.multiple, 0, -1, dtype=np.int64) * self.multiple
-        return self.size - kept[kept < self.size]
+        return self.size - kept[(kept < self.size) & (kept >= self.least)]
 
     def share(self, share: float) -> int:
         """The largest allowed removed count not above ``share`` of the axis."""

@@ -434,6 +434,38 @@ class Graph:
         """The place on the tape of the ``nth`` operation (from 0) called ``name``."""
         return self._numbers[name, nth]
 
+    @cached_property
+    def choices(self) -> list[tuple[int, int, int, str]]:
+        """``(tensor, dim, k, place)`` of every choice of the k best along a dimension: that many have to stay."""
+        found = []
+        for number, (name, _flags, code, _outputs, _scope) in enumerate(self.tape.ops):
+            if name != "aten::topk":
+                continue
+            (_, (tensor,)), (_, (k,)), *rest = arguments(code)
+            dim = rest[0][1][0] if rest and rest[0][1] else -1
+            sizes = self.tape.tensors[tensor][0]
+            if sizes and k < sizes[dim]:
+                found.append((tensor, dim % len(sizes), k, self._place(number)))
+        return found
+
+    def least(self, axis_id: int) -> int:
+        """How many indices of an axis have to stay, the others whole: as many as a router chooses experts, or one."""
+        least = 1
+        for tensor, dim, k, _ in self.choices:
+            if axis_id in self.dim_axes(tensor, dim):
+                around = self.tape.tensors[tensor][0][dim] // self.axes[axis_id].size
+                least = max(least, -(-k // around))
+        return least
+
+    def check_choices(self, removed: Mapping[int, int]) -> None:
+        """Raise PlanError where fewer positions would be left than are chosen from them."""
+        for tensor, dim, k, place in self.choices:
+            left = self.new_sizes(removed, [(tensor, dim)])[0]
+            if left < k:
+                raise PlanError(
+                    f"{k} are chosen from a dimension that would keep {left}{place}: remove fewer"
+                )
+
     def marked_ops(self, removed: Removed) -> list[MarkedOp]:
         """Operations that normalise over a dimension that loses positions."""
         flat = {i: np.unique(np.asarray(v, dtype=np.int64)) for i, v in removed.items() if np.size(v)}

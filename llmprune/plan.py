@@ -347,6 +347,7 @@ def plan(
     counts, changed = close(system, {axis: indices.shape[-1] for axis, indices in wanted.items()})
     if prefixes:
         counts = {axis: count for axis, count in counts.items() if not _inside(axes[axis], prefixes)}
+    graph.check_choices(counts)
     final = {
         axis: _extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
     }
@@ -622,7 +623,7 @@ def _candidates(
         # What something normalises over is cut alike everywhere.
         nested = None if axis.marks else scores.nested.get(axis.id)
         ranked = scores.flat[axis.id] if nested is None else np.sort(nested, axis=1).sum(0)
-        out.append(Candidate(axis.id, axis.kind, axis.size, ranked, multiple, nested))
+        out.append(Candidate(axis.id, axis.kind, axis.size, ranked, multiple, nested, graph.least(axis.id)))
     if not out:
         raise PlanError(
             f"nothing of kind {' or '.join(kinds)} is left to prune, so the largest reachable ratio is 0: "

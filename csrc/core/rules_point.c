@@ -52,7 +52,7 @@ lp_status lp_rule_pointwise(lp_run *run, const lp_op *op, lp_error *err)
         return LP_OK;
     for (size_t d = 0; d < out->ndim; d++) {
         lp_tensor *first = NULL;
-        bool shared = false;
+        bool shared = false, activation = false;
         dims[d] = LP_EMPTY;
         for (size_t i = 0; i < count; i++) {
             lp_tensor *input = inputs[i];
@@ -81,6 +81,12 @@ lp_status lp_rule_pointwise(lp_run *run, const lp_op *op, lp_error *err)
             }
             LP_TRY(lp_unify_dims(run, dims[d], input->dims[at], lp_rule_between(first, input), err));
         }
+        /* A matrix of parameters times an activation that has no such dimension: a state's own rates. */
+        for (size_t i = 0; i < count; i++)
+            activation |= !inputs[i]->weight;
+        if (first != NULL && first->weight && activation && !shared && first->ndim >= 2 &&
+            op->detail == LP_POINT_PRODUCT)
+            LP_TRY(lp_axes_role(run->axes, dims[d], LP_ROLE_SCALE, err));
         if (first == NULL && out->sizes[d] != 1)
             LP_TRY(lp_axes_fresh(run->axes, out->sizes[d], &dims[d], err));
         if (op->detail == LP_POINT_NONLINEAR && first != NULL && !first->weight)
