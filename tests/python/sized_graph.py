@@ -134,6 +134,12 @@ class SizedGraph:
     def marked_ops(self, removed: Mapping[int, np.ndarray]) -> list[Any]:
         return []
 
+    def least(self, axis_id: int) -> int:
+        return 1
+
+    def check_choices(self, removed: Mapping[int, int]) -> None:
+        """Nothing is chosen from."""
+
 
 @dataclass
 class Decoder(SizedGraph):
