@@ -423,7 +423,8 @@ def _movable(cuts: list[Cut]) -> list[list[Cut]]:
     groups: dict[torch.device, list[Cut]] = {}
     for cut in cuts:
         t = cut.tensor
-        if cut.values is None and t.is_cuda and t.numel() and t.is_contiguous() and _kernel_word(t):
+        as_it_is = cut.values is None and cut.scale is None
+        if as_it_is and t.is_cuda and t.numel() and t.is_contiguous() and _kernel_word(t):
             groups.setdefault(t.device, []).append(cut)
     return list(groups.values())
 
