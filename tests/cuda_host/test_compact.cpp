@@ -241,7 +241,7 @@ int main(void)
 
         for (size_t k = 0; k < count; k++)
             cuts.push_back(random_cut());
-        check_in_place(cuts, random_below(2) == 1 ? 1 << 20 : count * 2048 + random_below(64) * 1024);
+        check_in_place(cuts, random_below(2) == 1 ? 1 << 20 : count * 2304 + random_below(64 * 1024));
     }
     for (int i = 0; i < 80; i++)
         check_into(random_cut());

@@ -221,7 +221,7 @@ struct moves {
     array tensors, positions, segments, launches;
     uint64_t *done;     /* output words of each tensor */
     lp_wave *waves;     /* of the current step */
-    size_t stage_bytes; /* of each tensor, at the scratch's end */
+    size_t scratch_bytes, stage_bytes; /* all of it; of each tensor, at the scratch's end */
 };
 
 lp_status push(moves *m, array *a, const void *element, lp_error *err)
@@ -319,7 +319,7 @@ lp_status add_tensor(moves *m, size_t i, const lp_cuda_tensor *t, unsigned char 
     tensor.source = source;
     tensor.target = target;
     tensor.stage =
-        (unsigned char *)m->exec->scratch + m->exec->scratch_bytes - (m->count - i) * m->stage_bytes;
+        (unsigned char *)m->exec->scratch + m->scratch_bytes - (m->count - i) * m->stage_bytes;
     tensor.word = layout->word;
     tensor.ndim = layout->ndim;
     m->done[i] = source == target ? lp_wave_start(layout) : 0;
@@ -349,7 +349,7 @@ lp_status carry_out(moves *m, lp_error *err)
     size_t tensor_bytes = aligned(m->tensors.count * m->tensors.width);
     size_t position_bytes = aligned(m->positions.count * m->positions.width);
     size_t bytes = tensor_bytes + position_bytes + m->segments.count * m->segments.width;
-    size_t room = m->exec->scratch_bytes - m->count * m->stage_bytes;
+    size_t room = m->scratch_bytes - m->count * m->stage_bytes;
     unsigned char *device = (unsigned char *)m->exec->scratch, *host = NULL;
     cudaStream_t stream = (cudaStream_t)m->exec->stream;
     size_t capacity = 0;
@@ -453,7 +453,8 @@ lp_status run(const char *operation, const lp_cuda_tensor *tensors, size_t count
         return status;
     m.exec = exec;
     m.count = count;
-    m.stage_bytes = exec->scratch_bytes / 2 / count / LP_ALIGN * LP_ALIGN;
+    m.scratch_bytes = exec->scratch_bytes / LP_ALIGN * LP_ALIGN; /* so that the stages begin on it */
+    m.stage_bytes = m.scratch_bytes / 2 / count / LP_ALIGN * LP_ALIGN;
     m.tensors.width = sizeof(move_tensor);
     m.positions.width = sizeof(uint32_t);
     m.segments.width = sizeof(move_segment);

@@ -2,7 +2,7 @@
  *
  * Devices of compute capability 7.5 and newer.  Everything is queued on the caller's stream, nothing synchronises, and
  * every operation but compact, compact_into and compact_many (which upload positions) may be captured into a graph once
- * the device has been opened.  No error is left behind in the runtime: a failing call clears it, where CUDA can. */
+ * a call like it has run outside of one: the device is then open, and its kernels are loaded.  No error is left behind in the runtime: a failing call clears it, where CUDA can. */
 #ifndef LP_KERNELS_CUDA_CUDA_H
 #define LP_KERNELS_CUDA_CUDA_H
 
