@@ -219,8 +219,8 @@ struct moves {
     size_t count;
     lp_wave_layout *layouts;
     array tensors, positions, segments, launches;
-    uint64_t *done;     /* output words of each tensor */
-    lp_wave *waves;     /* of the current step */
+    uint64_t *done;                    /* output words of each tensor */
+    lp_wave *waves;                    /* of the current step */
     size_t scratch_bytes, stage_bytes; /* all of it; of each tensor, at the scratch's end */
 };
 
@@ -318,8 +318,7 @@ lp_status add_tensor(moves *m, size_t i, const lp_cuda_tensor *t, unsigned char 
     lp_wave_layout_make(layout, (uintptr_t)target | (uintptr_t)source, t->width, t->shape, t->ndim, t->kept);
     tensor.source = source;
     tensor.target = target;
-    tensor.stage =
-        (unsigned char *)m->exec->scratch + m->scratch_bytes - (m->count - i) * m->stage_bytes;
+    tensor.stage = (unsigned char *)m->exec->scratch + m->scratch_bytes - (m->count - i) * m->stage_bytes;
     tensor.word = layout->word;
     tensor.ndim = layout->ndim;
     m->done[i] = source == target ? lp_wave_start(layout) : 0;
