@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--norms", default="rescaled", help="RMS norms over removed channels: rescaled or kept (%(default)s)"
     )
-    prune.add_argument("--scope", metavar="MODULE", help="prune only below this module")
+    prune.add_argument("--scope", metavar="MODULE", help="prune only below this module (vision_tower)")
     prune.add_argument(
         "--repair", default="auto", help="ls (least squares), none, or auto: ls if there is calibration"
     )

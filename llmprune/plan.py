@@ -34,6 +34,7 @@ from llmprune.layer_choice import (
 )
 from llmprune.layers import Drop, LayerAxis
 from llmprune.norms import NORMS, Norm, Rescale, rescales
+from llmprune.scope import resolve, under
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
@@ -283,7 +284,8 @@ def plan(
         protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32.
         protect_last: layers left whole at its end; None scales the paper's 2 of 32.
         round_to: kept FFN channels per layer must be a multiple of this.
-        scope: module path; only axes all of whose parameters lie under it may give.
+        scope: path of a module, or the end of just one (``vision_tower``); only axes all of whose parameters lie under
+            it may give.
         seed: recorded in the plan; nothing here is random.
         norms: what a root-mean-square norm becomes that loses positions (hidden channels). ``rescaled``: its weight and
             epsilon are scaled, and the pruned model equals the original with the removed parameters set to zero.
@@ -333,7 +335,7 @@ def plan(
             "protect_first": protect_first,
             "protect_last": protect_last,
             "round_to": round_to,
-            "scope": scope,
+            "scope": resolve(graph.parameters, scope) if scope else None,
         }
         if scores is None:
             raise InputError(
@@ -481,7 +483,6 @@ def _choose(
 ) -> tuple[dict[int, Indices], Chosen]:
     """Axis id -> indices to remove for a ratio, and stack id -> blocks to remove."""
     ratio, scope = options["ratio"], options["scope"]
-    _check_scope(graph, scope)
     stacks: list[Stack] = []
     if "layer" in options["kinds"]:
         stacks = candidates(
@@ -490,7 +491,7 @@ def _choose(
             scores.pinned,
             options["protect_first"],
             options["protect_last"],
-            lambda path: not scope or _under(path, scope),
+            lambda path: not scope or under(path, scope),
         )
     if isinstance(ratio, dict):
         chosen = share(stacks, ratio["layer"]) if stacks else {}
@@ -586,11 +587,6 @@ def _check_norms(norms: str) -> None:
         raise InputError(f"unknown treatment of norms {norms!r}: there are {' and '.join(NORMS)}")
 
 
-def _check_scope(graph: Graph, scope: str | None) -> None:
-    if scope and not any(_under(name, scope) for name in graph.parameters):
-        raise InputError(f"no parameter lies under the scope {scope!r}: give a module's path")
-
-
 def _candidates(
     graph: Graph, scores: _Checked, options: Mapping[str, Any], drops: Sequence[Drop] = ()
 ) -> list[Candidate]:
@@ -610,7 +606,7 @@ def _candidates(
     for axis in chosen:
         if prefixes and _inside(axis, prefixes):
             continue
-        if scope and not all(_under(name, scope) for name in _names(axis)):
+        if scope and not all(under(name, scope) for name in _names(axis)):
             continue
         layer = layer_of(filter(graph.parameters.__contains__, _names(axis)), known)
         if protected(layer, known, options["protect_first"], options["protect_last"]):
@@ -630,10 +626,6 @@ def _candidates(
             "protect fewer layers or widen the scope"
         )
     return out
-
-
-def _under(name: str, scope: str) -> bool:
-    return name == scope or name.startswith(scope + ".")
 
 
 def _extend(axis: Axis, wanted: Indices | None, count: int, scores: _Checked) -> Indices:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llmprune.errors import InputError
+from llmprune.scope import resolve
 from llmprune.stages import Stage, Stages
 from llmprune.wrapped import on_uncompiled
 
@@ -167,7 +168,7 @@ def prune(
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
         round_to: kept FFN channels per layer are a multiple of this.
-        scope: module path; only what lies under it may give.
+        scope: path of a module, or the end of just one (``vision_tower``); only what lies under it may give.
         seed: of the importance ``random``.
         norms: ``rescaled`` or ``kept``, as for :func:`llmprune.plan`.
         inputs: as for :func:`llmprune.trace`.
@@ -213,6 +214,7 @@ def prune(
     bytes_before = model_bytes(model)
     with clock.stage("trace", "recording one forward pass"):
         graph = trace(model, inputs)
+        scope = resolve(graph.parameters, scope) if scope else None
     with clock.stage("score", f"scoring coupled groups by {importance}"):
         scores = score(
             model,
