@@ -23,7 +23,7 @@ from llmprune.borrow import is_config
 from llmprune.errors import PlanError
 from llmprune.layers import Drop, renamed
 from llmprune.record import AttributeValue, Compaction, config_snapshot
-from llmprune.universal import base_config, tensors_of
+from llmprune.universal import base_config, non_persistent_buffers, tensors_of
 
 Path = tuple[str | int, ...]
 """A place in a config's dictionary: names, and positions in lists."""
@@ -60,6 +60,7 @@ class Follow:
         settings: attributes to set: (id of the object, name) -> (object, value).
         config: the model's config for building its class at the new depth, as :func:`config_snapshot` has it; None for
             a model without a config.
+        vanished: (module, buffer name) of buffers that the class computes for a kind of layer, none of which is left.
         attributes: attributes of kept blocks in which they differ from what the class builds at their new place; by
             the modules' new paths.
     """
@@ -67,6 +68,7 @@ class Follow:
     drops: Sequence[Drop]
     settings: dict[tuple[int, str], tuple[Any, Any]] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    vanished: list[tuple[nn.Module, str]] = field(default_factory=list)
     attributes: list[AttributeValue] = field(default_factory=list)
 
     def settle(self) -> None:
@@ -80,6 +82,8 @@ class Follow:
             blocks: Any = model.get_submodule(drop.module)
             for position in reversed(drop.removed.tolist()):
                 del blocks[position]
+        for owner, name in self.vanished:
+            delattr(owner, name)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Note a setting."""
@@ -126,6 +130,9 @@ def follow(model: nn.Module, drops: Sequence[Drop], record: Compaction) -> Follo
         if after is None:
             raise PlanError(f"{type(model).__name__} is not built twice alike from its config")
         _collect(model, before, after, drops[:place], drop, odd, result)
+        for name in _vanished(before, after, drop):
+            home, _, buffer = name.rpartition(".")
+            result.vanished.append((model.get_submodule(home), buffer))
         for path, edit in edits.items():
             _set_in_config(model.config, path, edit, result)
         result.attributes += [AttributeValue(path, name, None, value) for path, name, value in odd]
@@ -374,9 +381,10 @@ def _put(values: Any, path: Path, value: Any) -> None:
 def _differences(before: nn.Module, after: nn.Module, drop: Drop) -> Odd | None:
     """What kept blocks have that ``after`` gives others at their places; None if not even the tensors are the same."""
     shapes = {}
+    gone = set(_vanished(before, after, drop))
     for name, tensor in tensors_of(before).items():
         new = renamed(name, [drop])
-        if new is not None:
+        if new is not None and name not in gone:
             shapes[new] = tensor.shape
     if shapes != {name: tensor.shape for name, tensor in tensors_of(after).items()}:
         return None
@@ -394,6 +402,14 @@ def _differences(before: nn.Module, after: nn.Module, drop: Drop) -> Odd | None:
                 if not _same(value, now) and not _follows(value, now, old, place, drop):
                     odd.append((f"{drop.module}.{place}.{path}".rstrip("."), name, value))
     return odd
+
+
+def _vanished(before: nn.Module, after: nn.Module, drop: Drop) -> list[str]:
+    """Computed buffers outside of the stack that ``after`` has not: rope tables of a kind of layer that is gone."""
+    left = tensors_of(after).keys()
+    inside = drop.module + "."
+    names = [name for name, _ in non_persistent_buffers(before)]
+    return [name for name in names if name not in left and not name.startswith(inside)]
 
 
 def _follows(value: Any, now: Any, old: int, new: int, drop: Drop) -> bool:

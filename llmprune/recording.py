@@ -107,6 +107,11 @@ class Recording:
         for path, module in model.named_modules():
             self.paths[id(module)] = len(self.tape.scopes)
             self.tape.scopes.append(path)
+        self.elsewhere: dict[int, list[int]] = {}  # id(module) -> scopes of a module's other places
+        for path, module in model.named_modules(remove_duplicate=False):
+            if path != self.tape.scopes[self.paths[id(module)]]:
+                self.elsewhere.setdefault(id(module), []).append(len(self.tape.scopes))
+                self.tape.scopes.append(path)
         self.stack = [0]
         self.recorder = Recorder(self.tape, meta, self.scope)
         self.sizes = SizeMode(self.recorder.tensor_id, self.scope)
@@ -222,8 +227,12 @@ class Recording:
         """Follow which module runs."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            scope = self.paths.get(id(module))
-            self.stack.append(self.stack[-1] if scope is None else scope)
+            scope = self.paths.get(id(module), self.stack[-1])
+            if id(module) in self.elsewhere:  # of its places, the one below the module that calls it
+                below = self.tape.scopes[self.stack[-1]] + "."
+                places = [scope, *self.elsewhere[id(module)]]
+                scope = next((s for s in places if self.tape.scopes[s].startswith(below)), scope)
+            self.stack.append(scope)
 
         def leave(module: nn.Module, args: Any, result: Any) -> None:
             self.stack.pop()
@@ -359,7 +368,7 @@ class Recording:
             if tree == ("shape", tid, dim) or _constant_tree(tree, tensors):
                 continue
             self.tape.equations.append([tid, dim, _listed(tree), f"{where} in {scopes[scope] or 'the root'}"])
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, _, code, outputs, scope in self.tape.ops:
             module = modules.get(scopes[scope])
             if (
@@ -371,7 +380,7 @@ class Recording:
                     dim = len(tensors[tid][0]) - 1 - len(module.kernel_size)
                     size = getattr(module, attribute)
                     if tensors[tid][0][dim] == size:
-                        tree = ["attr", scopes[scope], attribute, size]
+                        tree = ["attr", scopes[self.paths[id(module)]], attribute, size]
                         self.tape.equations.append([tid, dim, tree, f"convolution in {scopes[scope]}"])
         if self.sizes.value_used:
             live = _live_storages(self.tape)

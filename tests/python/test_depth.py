@@ -29,17 +29,11 @@ def made(config: Any, kind: str) -> nn.Module:
         return getattr(transformers, kind)(config).eval()
 
 
-def gemma3(**changes: Any) -> nn.Module:
-    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
+def gemma3(kinds: str = "sffsf") -> nn.Module:
+    names = {"s": "sliding_attention", "f": "full_attention"}
     config = transformers.Gemma3TextConfig(
-        **{
-            **TEXT,
-            "num_hidden_layers": 5,
-            "head_dim": 8,
-            "layer_types": kinds,
-            "sliding_window": 4,
-            **changes,
-        }
+        **{**TEXT, "num_hidden_layers": len(kinds), "head_dim": 8, "sliding_window": 4},
+        layer_types=[names[kind] for kind in kinds],
     )
     return made(config, "Gemma3ForCausalLM")
 
@@ -155,6 +149,15 @@ def test_the_kinds_of_layers_that_a_config_lists_go_along(tmp_path: Path) -> Non
     assert llmprune.save_pretrained(small, tmp_path / "out").form == "stock"
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(generated(again, inputs), expected)
+
+
+def test_what_was_computed_for_a_kind_of_layer_goes_with_the_last_of_it(tmp_path: Path) -> None:
+    model: Any = gemma3("sff")
+    small, plan = drop(model, [0])
+    assert_equal(small, model, plan)
+    tables = {name for name, _ in model.named_buffers()} - {name for name, _ in small.named_buffers()}
+    assert {name.partition("sliding_attention")[0] for name in tables} == {"model.rotary_emb."}
+    assert llmprune.save_pretrained(small, tmp_path / "out").form == "stock"
 
 
 def test_a_number_that_counts_some_of_the_layers_goes_along(tmp_path: Path) -> None:

@@ -174,6 +174,22 @@ def test_blocks_that_share_weights_stay() -> None:
     assert stack.pinned == dict.fromkeys((0, 1), "it shares blocks.1.inner.weight")
 
 
+def test_a_module_without_weights_that_blocks_share_is_no_tie() -> None:
+    shared = nn.ReLU()
+
+    class Sharing(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = shared
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.outer(self.act(self.inner(x)))
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.Sequential(Sharing(), Sharing(), Sharing()), nn.Linear(8, 4))
+    (stack,) = llmprune.trace(model, {"input": torch.randn(2, 6)}).layers
+    assert (stack.module, stack.pinned) == ("1", {})
+
+
 def test_lists_that_are_no_stacks_are_left_out() -> None:
     plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
     assert llmprune.trace(plain, {"input": torch.randn(2, 8)}).layers == []
