@@ -10,7 +10,7 @@ changed between the two builds is then changed in the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +134,8 @@ def follow(model: nn.Module, drops: Sequence[Drop], record: Compaction) -> Follo
             home, _, buffer = name.rpartition(".")
             result.vanished.append((model.get_submodule(home), buffer))
         for path, edit in edits.items():
-            _set_in_config(model.config, path, edit, result)
+            if edit is not _leave_out:
+                _set_in_config(model.config, path, edit, result)
         result.attributes += [AttributeValue(path, name, None, value) for path, name, value in odd]
         before = after
     result.config = config_snapshot(type(base).from_dict(copy.deepcopy(values)))
@@ -254,7 +255,7 @@ def _shallower(
         nonlocal best
         changed = copy.deepcopy(values)
         for path, edit in edits.items():
-            _put(changed, path, edit(_at(changed, path)))
+            _put(changed, path, edit)
         after = _build(model, base, changed)
         odd = None if after is None else _differences(before, after, drop)
         if odd is not None and (best is None or len(odd) < len(best[2])):
@@ -263,10 +264,10 @@ def _shallower(
 
     numbers = list(_integers(values))
     depths = [path for path, value in numbers if value == drop.size]
-    if any(exact(edits) for depth in depths for edits in _variants(values, depth, drop)):
+    if any(exact(edits) for depth in depths for edits in _variants(base, values, depth, drop)):
         return _found(best)
     # Numbers that count some of the layers, from the first or from the last: one of them at a time.
-    starts = [next(_variants(values, depth, drop)) for depth in depths] if best is None else [best[1]]
+    starts = [next(_variants(base, values, depth, drop)) for depth in depths] if best is None else [best[1]]
     for edits in starts:
         home = next(iter(edits))[:-1]
         for path, value in numbers:
@@ -290,8 +291,12 @@ def _found(
     return best
 
 
-def _variants(values: Mapping[str, Any], depth: Path, drop: Drop) -> Iterator[dict[Path, Edit]]:
-    """Ways to state the smaller depth: with lists beside it cut along, numbers of layers in lists moved up, or not."""
+def _variants(base: Any, values: dict[str, Any], depth: Path, drop: Drop) -> Iterator[dict[Path, Edit]]:
+    """Ways to state the smaller depth.
+
+    With lists beside it cut along, numbers of layers in lists moved up, or not; or lists left out that the class fills
+    in by itself.
+    """
     beside = _at(values, depth[:-1])
     lists = (
         {name: v for name, v in beside.items() if isinstance(v, (list, tuple))}
@@ -311,6 +316,21 @@ def _variants(values: Mapping[str, Any], depth: Path, drop: Drop) -> Iterator[di
         if not any(whole == other for other in seen):
             seen.append(whole)
             yield whole
+    own: dict[Path, Edit] = dict.fromkeys(_filled_in(base, values, depth[:-1], lists), _leave_out)
+    if own:
+        yield {**smaller, **cut, **own}
+
+
+def _filled_in(base: Any, values: dict[str, Any], home: Path, names: Iterable[str]) -> list[Path]:
+    """Those of a config's lists that the class gives the same values when they are left out together."""
+    without = copy.deepcopy(values)
+    for name in names:
+        del _at(without, home)[name]
+    try:
+        made = _at(type(base).from_dict(without).to_dict(), home)
+    except _REFUSALS:
+        return []
+    return [(*home, name) for name in names if _same(made.get(name), _at(values, home)[name])]
 
 
 def _positions(values: Sequence[Any], size: int) -> bool:
@@ -374,8 +394,18 @@ def _at(values: Any, path: Path) -> Any:
     return values
 
 
-def _put(values: Any, path: Path, value: Any) -> None:
-    _at(values, path[:-1])[path[-1]] = value
+def _put(values: Any, path: Path, edit: Edit) -> None:
+    """Edit a place; one that is left out is gone."""
+    home = _at(values, path[:-1])
+    if edit is _leave_out:
+        del home[path[-1]]
+    else:
+        home[path[-1]] = edit(home[path[-1]])
+
+
+def _leave_out(value: Any) -> Any:
+    """The edit by which a field is left to the class."""
+    return value
 
 
 def _differences(before: nn.Module, after: nn.Module, drop: Drop) -> Odd | None:

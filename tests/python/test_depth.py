@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from test_layers import deep, llava
-from tiny_models import TEXT
+from tiny_models import TEXT, VISION
 from torch import nn
 
 import llmprune
@@ -180,6 +180,15 @@ def test_encoders_without_layers(family: str, stack: int, tmp_path: Path) -> Non
         with bypassed(model, plan.layers):
             expected = generated(model, inputs)
         assert torch.equal(generated(small, inputs), expected)
+
+
+def test_lists_that_a_config_fills_in_by_itself_are_left_to_it(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(**{**VISION, "num_hidden_layers": 3}, num_labels=5)
+    model: Any = made(config, "Dinov2ForImageClassification")
+    small, plan = drop(model, [1])
+    assert_equal(small, model, plan)
+    assert (small.config.stage_names, small.config.out_features) == (["stem", "stage1", "stage2"], ["stage2"])
+    assert llmprune.save_pretrained(small, tmp_path / "out").form == "stock"
 
 
 @pytest.mark.parametrize("stack", [0, 1])
