@@ -106,7 +106,10 @@ def save_pretrained(
     with published(directory, overwrite, sum(sizes.values()) + _BESIDES) as folder:
         writer = _Writer(model, None if record is None else record.current(), folder, inputs, max_shard_size)
         if record is None:
-            written, error, reason = "stock", writer.stock(model.config), ""
+            try:
+                written, error, reason = "stock", writer.stock(model.config), ""
+            except CheckpointError as failure:
+                raise CheckpointError(_unrecorded(model) or str(failure)) from failure
         else:
             written, error, reason = writer.best(form)
         if tokenizer is not None:
@@ -245,6 +248,19 @@ def _check_model(model: Any, record: Compaction | None) -> None:
             raise CheckpointError(
                 f"{name} is {tensor.dtype}: quantised models are not saved; prune the float model"
             )
+
+
+def _unrecorded(model: Any) -> str | None:
+    """What to say of a model whose sizes are not its config's though no record says that it was pruned, or None."""
+    whole = universal.build_on_meta(type(model), model.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in whole.named_parameters()}
+    for name, tensor in model.named_parameters():
+        if shapes.get(name, tensor.shape) != tuple(tensor.shape):
+            return (
+                f"{name} has shape {tuple(tensor.shape)} where the config says {shapes[name]}, and no record of a "
+                "pruning says why: it was pruned inside a wrapper that has gone (merge adapters before pruning)"
+            )
+    return None
 
 
 def _write_record(folder: Path, record: Compaction, form: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.modules.module as torch_module
+import transformers
 from plain_modules import Around, Feed, features
 from tiny_models import build
 from torch import nn
@@ -173,6 +175,23 @@ def test_an_offloaded_model_is_traced_but_not_cut() -> None:
     assert torch.equal(model(**X), expected)
 
 
+def test_a_device_map_of_transformers(tmp_path: Path) -> None:
+    """Part of a real checkpoint on the disk: traced, not cut; wholly on one device: pruned."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    build("llama").save_pretrained(tmp_path / "model")
+    parts = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu"
+    )
+    options = {"device_map": {**parts, "model.layers.1": "disk"}, "offload_folder": tmp_path / "offload"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert len([axis for axis in llmprune.trace(model).axes if axis.prunable]) == 10
+    with pytest.raises(InputError, match=r"model.layers.1.*is offloaded by a device_map"):
+        llmprune.prune(model, ratio=0.2, importance="l2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu")
+    assert llmprune.prune(model, ratio=0.2, importance="l2").verification is not None
+
+
 # Packed weights: stand-ins with what the real ones show of themselves
 
 
@@ -291,7 +310,7 @@ def test_updates_come_along_with_their_base_weights(lora: Any) -> None:
             assert "down_proj.lora_A.default.weight" in names
 
 
-def test_a_pruned_adapter_merges_into_what_it_computed(lora: Any) -> None:
+def test_a_pruned_adapter_merges_into_what_it_computed(lora: Any, tmp_path: Path) -> None:
     graph = llmprune.trace(lora, IDS)
     removed = {axis.id: gone[:1] for axis, gone in removals(graph)}
     plan = llmprune.plan(graph, removed=removed)
@@ -300,6 +319,11 @@ def test_a_pruned_adapter_merges_into_what_it_computed(lora: Any) -> None:
     expected = output(small, IDS)
     merged = small.merge_and_unload()
     assert torch.allclose(output(merged, IDS), expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(
+        llmprune.errors.CheckpointError, match=r"has shape .* where the config says .*merge adapters"
+    ):
+        llmprune.save_pretrained(merged, tmp_path / "merged")  # its record went with the wrapper
+    assert not (tmp_path / "merged").exists()
     up = merged.model.layers[0].mlp.up_proj
     assert (up.out_features, up.in_features) == tuple(up.weight.shape) == (55, 47)
 
