@@ -292,11 +292,14 @@ def lora() -> Any:
         return seeded(lambda: peft.get_peft_model(build("llama", num_hidden_layers=1), config))
 
 
+ROUNDED = 1e-6
+"""Llama's norms compute in float32, whatever the model's type."""
+
 IDS = {"input_ids": torch.arange(3, 17).view(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
 
 
 def test_updates_come_along_with_their_base_weights(lora: Any) -> None:
-    graph = check_axes(lora, IDS)
+    graph = check_axes(lora, IDS, tolerance=ROUNDED)
     kinds = {axis.kind for axis in graph.axes if axis.prunable}
     assert kinds == {"channel", "head", "query", "head_dim", "value_dim", "ffn", "rank"}
     assert [str(a) for a in llmprune.trace(lora).axes] == [
@@ -314,7 +317,7 @@ def test_a_pruned_adapter_merges_into_what_it_computed(lora: Any, tmp_path: Path
     graph = llmprune.trace(lora, IDS)
     removed = {axis.id: gone[:1] for axis, gone in removals(graph)}
     plan = llmprune.plan(graph, removed=removed)
-    assert difference(lora, plan, IDS) < 1e-9
+    assert difference(lora, plan, IDS) < ROUNDED
     small = llmprune.compact(lora, plan)
     expected = output(small, IDS)
     merged = small.merge_and_unload()
