@@ -91,7 +91,7 @@ def apart(recipe: Recipe, args: argparse.Namespace, known: str) -> dict[str, Any
     file = CACHE / f"{recipe.name}.{attention}{'.quick' if args.quick else ''}.json"
     if file.exists() and not args.again:
         row: dict[str, Any] = json.loads(file.read_text())
-        if args.stale or row.get("sources") == known:
+        if row.get("sources") == known:
             return row
     file.unlink(missing_ok=True)
     start, trouble = time.perf_counter(), ""
@@ -198,6 +198,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "- *stock kinds*: which of head, query, ffn, expert and channel, removed alone in equal numbers, save as a "
         "checkpoint the stock class loads; everything saves in the universal form.",
         "- *universal*: largest relative error of the universal form, reloaded in a process without llmprune.",
+        "- a dash: not tried in this run, or the row failed before.",
         "- *seconds*: of the trace, and of all checks together, on one thread of a shared machine.",
         "",
     ]  # fmt: skip
@@ -232,10 +233,22 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         lines += [f"- **{row['name']}** ({row['class']}): {_plain(reason)}" for reason in row["failures"]]
     if len(good) == len(rows):
         lines.append("None.")
+    lines += ["", "## Heads and FFN channels that stay, and why", ""]
+    lines += [f"- {row['name']}: {_plain(reason)}" for row in rows for reason in _kept_back(row)] or ["None."]
     lines += ["", "## Notes", ""]
     notes = [(row["name"], note) for row in rows for note in [*row.get("notes", []), *_unknown(row)]]
     lines += [f"- {name}: {_plain(note)}" for name, note in notes] or ["None."]
     return "\n".join(lines) + "\n"
+
+
+def _kept_back(row: dict[str, Any]) -> list[str]:
+    """The first frozen head axis of an architecture without a prunable one; likewise of FFN channels."""
+    found = []
+    for kind in ("head", "ffn"):
+        frozen = [text for text in row.get("frozen", []) if text.startswith(f"{kind}(")]
+        if frozen and kind not in row.get("axes", {}):
+            found.append(frozen[0])
+    return found
 
 
 def _unknown(row: dict[str, Any]) -> list[str]:
@@ -259,6 +272,28 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def kept(recipe: Recipe, attention: str) -> dict[str, Any] | None:
+    """The row of an earlier run, whatever changed since: with checkpoints, or a quick one."""
+    for name in (f"{recipe.name}.{attention}.json", f"{recipe.name}.{attention}.quick.json"):
+        if (CACHE / name).exists():
+            row: dict[str, Any] = json.loads((CACHE / name).read_text())
+            return row
+    return None
+
+
+def publish(rows: Sequence[dict[str, Any]]) -> None:
+    """Write the page and the results."""
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(rows), encoding="utf-8")
+    worst = max((row["equality"]["worst"] for row in rows if "equality" in row), default=0.0)
+    claims = [
+        Claim("model classes tried", len({row["class"] for row in rows}), WANTED, at_least=True),
+        Claim("largest relative difference from the reference, float64", worst, 1e-5),
+    ]
+    save("architectures", claims, rows=rows)
+    print(*claims, sep="\n")
+
+
 def main() -> int:
     """Run, print, write; exit status 1 when a row failed."""
     parser = argparse.ArgumentParser(
@@ -273,7 +308,7 @@ def main() -> int:
     )
     parser.add_argument("--again", action="store_true", help="do not use rows of earlier runs")
     parser.add_argument(
-        "--stale", action="store_true", help="use rows of earlier runs whatever changed since"
+        "--page", action="store_true", help="run nothing: write the page of the rows there are"
     )
     parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds for one recipe")
     args = parser.parse_args()
@@ -283,6 +318,9 @@ def main() -> int:
     chosen = [found[name] for name in args.only] or list(found.values())
     if args.sample:
         chosen = sampled(chosen, args.sample)
+    if args.page:
+        publish([row for recipe in chosen if (row := kept(recipe, args.attention)) is not None])
+        return 0
     known, lock = sources(), threading.Lock()
 
     def work(recipe: Recipe) -> dict[str, Any]:
@@ -296,15 +334,7 @@ def main() -> int:
     good = sum(not row["failures"] for row in rows)
     print(f"{good} of {len(rows)} passed")
     if len(chosen) == len(found) and args.attention == "eager" and not args.quick:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows), encoding="utf-8")
-        worst = max((row["equality"]["worst"] for row in rows if "equality" in row), default=0.0)
-        claims = [
-            Claim("model classes tried", len({row["class"] for row in rows}), WANTED, at_least=True),
-            Claim("largest relative difference from the reference, float64", worst, 1e-5),
-        ]
-        save("architectures", claims, rows=rows)
-        print(*claims, sep="\n")
+        publish(rows)
     return 0 if good == len(rows) else 1
 
 
