@@ -105,7 +105,6 @@ static const lp_rule_entry table[] = {
     {"fill", lp_rule_keep, LP_KEEP_SHAPE},
     {"flip", lp_rule_reorder, 1},
     {"floor_divide", lp_rule_pointwise, LP_POINT_PLAIN},
-    {"floor_divide", lp_rule_pointwise, LP_POINT_PLAIN},
     {"full", lp_rule_factory, LP_REASON_NONE},
     {"full_like", lp_rule_keep, LP_KEEP_SHAPE},
     {"gather", lp_rule_gather, 0},
