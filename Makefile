@@ -96,7 +96,7 @@ cuda: $(EXTENSION)
 	fi
 
 GPU_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr -d . | paste -sd,)
-SANITIZED := -q -p no:cacheprovider tests/cuda/test_kernels.py -k "not large"
+SANITIZED := -q -p no:cacheprovider tests/cuda/test_device_kernels.py -k "not large"
 
 cuda-test:
 	LLMPRUNE_CUDA=1 LLMPRUNE_WERROR=1 LLMPRUNE_CUDA_ARCHS="$(GPU_ARCHS)" $(PYTHON) setup.py --quiet build_ext --inplace
