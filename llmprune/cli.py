@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--importance",
         default="element1",
         help="element1 element2 vector obs fluctuation activation l1 l2 random, or block_influence for "
-        "--kinds layer (%(default)s)",
+        "--kinds layer, attention or feedforward (%(default)s)",
     )
     prune.add_argument("--aggregation", default="sum", help="sum max product last (%(default)s)")
     prune.add_argument(
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kinds",
         type=_names,
         default=("head", "ffn"),
-        help="kinds of axes to prune; layer drops whole layers (head,ffn)",
+        help="kinds of axes to prune; layer drops whole layers, attention and feedforward these alone (head,ffn)",
     )
     prune.add_argument("--allocation", default="uniform", help="uniform or global (%(default)s)")
     prune.add_argument(
@@ -388,7 +388,7 @@ def _trace(options: argparse.Namespace) -> None:
         ]
         frozen += [
             {"axis": s.id, "size": s.size, "module": s.module, "reasons": list(s.reasons)}
-            for s in graph.layers
+            for s in graph.stacks
             if s.pinned
         ]
         _print_json(

@@ -20,11 +20,12 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
-from llmprune import _core, cuda, depth, record
+from llmprune import _core, cuda, depth, modeling_llmprune, record
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.norms import Rescale
 from llmprune.record import AttributeValue, Compaction, Positions
+from llmprune.sublayers import check_parts
 from llmprune.wrapped import check_present, on_uncompiled
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ def compact(
     follow = _follow(model, plan, old)
     before = sum(p.numel() for p in model.parameters())
     freed = sum(c.tensor.numel() - math.prod(c.shape) for c in cuts if isinstance(c.tensor, nn.Parameter))
-    prefixes = tuple(prefix for drop in follow.drops for prefix in drop.prefixes)
+    dropped = _dropped(plan)
+    prefixes = (*(prefix for drop in follow.drops for prefix in drop.prefixes), *(f"{p}." for p in dropped))
     if prefixes:
         freed += sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
     step = record.Step(
@@ -118,7 +120,7 @@ def compact(
     )
     left = {drop.module: drop.kept for drop in follow.drops}
     kept = {cut.name: cut.kept for cut in cuts}
-    done = old.compose(kept, attributes, step, left, follow.config, follow.attributes)
+    done = old.compose(kept, attributes, step, left, follow.config, follow.attributes, dropped)
     on_device = [] if release else _movable(cuts)
     with deferred_interrupts():
         started = not on_device
@@ -133,6 +135,7 @@ def compact(
                 _replace(cuts.pop())
             follow.settle()
             set_attributes(model, attributes)
+            modeling_llmprune.drop(model, dropped)
             follow.remove(model)
         except BaseException as error:
             if started:
@@ -168,6 +171,7 @@ def compacted_copy(
     follow = _follow(twin, plan, record.fresh(model))  # of the copy's own objects
     follow.settle()
     set_attributes(twin, attributes)
+    modeling_llmprune.drop(twin, _dropped(plan))
     follow.remove(twin)
     return twin
 
@@ -219,7 +223,16 @@ def prepare(
     attributes = [AttributeValue(a.module, a.name, a.index, a.new) for a in plan.attributes]
     for attribute in plan.attributes:
         _check_attribute(model, attribute)
+    check_parts(model, getattr(plan, "sublayers", ()))
     return cuts, attributes + _builtin_sizes(model, cuts, attributes)
+
+
+def _dropped(plan: Any) -> dict[str, dict[str, Any]]:
+    """The branches that go: path of the module -> arguments of what comes in its place."""
+    return {
+        part.path: {"input": part.input, "output": part.output, "entries": part.entries}
+        for part in getattr(plan, "sublayers", ())
+    }
 
 
 def _follow(model: nn.Module, plan: Any, done: Compaction) -> depth.Follow:

@@ -19,10 +19,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from llmprune import modeling_llmprune
 from llmprune.borrow import is_config
 from llmprune.errors import PlanError
 from llmprune.layers import Drop, renamed
 from llmprune.record import AttributeValue, Compaction, config_snapshot
+from llmprune.sublayers import Meeting
 from llmprune.universal import base_config, non_persistent_buffers, tensors_of
 
 Path = tuple[str | int, ...]
@@ -118,15 +120,17 @@ def follow(model: nn.Module, drops: Sequence[Drop], record: Compaction) -> Follo
         return result
     base = base_config(model, record)
     values = base.to_dict()
-    before = _build(model, base, values)
+    gone = record.dropped
+    before = _build(model, base, values, gone)
     if before is None or tensors_of(before).keys() != tensors_of(model).keys():
         raise PlanError(
             f"layers of this {type(model).__name__} cannot go: its class does not build it from its config alone; "
             "merge adapters and undo other changes first"
         )
     for place, drop in enumerate(drops):
-        values, edits, odd = _shallower(model, base, values, before, drop)
-        after = _build(model, base, values)
+        gone = {now: how for path, how in gone.items() if (now := renamed(path, [drop])) is not None}
+        values, edits, odd = _shallower(model, base, values, before, drop, gone)
+        after = _build(model, base, values, gone)
         if after is None:
             raise PlanError(f"{type(model).__name__} is not built twice alike from its config")
         _collect(model, before, after, drops[:place], drop, odd, result)
@@ -181,7 +185,7 @@ def stream_of(drop: Drop, args: Any, kwargs: Any, result: Any) -> tuple[torch.Te
     return into, result if drop.output is None else result[drop.output]
 
 
-def with_stream(drop: Drop, stream: torch.Tensor, result: Any) -> Any:
+def with_stream(drop: Drop | Meeting, stream: torch.Tensor, result: Any) -> Any:
     """A block's result with another tensor for the stream."""
     target = drop.output
     if target is None:
@@ -230,17 +234,29 @@ def _own_numbers(model: nn.Module, drop: Drop, result: Follow) -> None:
                     result.set(found[old][0], name, new)
 
 
-def _build(model: nn.Module, base: Any, values: Mapping[str, Any]) -> Any | None:
-    """A model of ``model``'s class on the meta device; None where the config or the class refuses the values."""
+def _build(
+    model: nn.Module, base: Any, values: Mapping[str, Any], gone: dict[str, dict[str, Any]]
+) -> Any | None:
+    """A model of ``model``'s class on the meta device; None where the config or the class refuses the values.
+
+    ``gone`` are branches that were dropped before (:attr:`llmprune.record.Compaction.dropped`).
+    """
     try:
         with torch.device("meta"):
-            return type(model)(type(base).from_dict(copy.deepcopy(dict(values))))
+            built = type(model)(type(base).from_dict(copy.deepcopy(dict(values))))
+            modeling_llmprune.drop(built, gone)
+            return built
     except _REFUSALS:
         return None
 
 
 def _shallower(
-    model: nn.Module, base: Any, values: dict[str, Any], before: nn.Module, drop: Drop
+    model: nn.Module,
+    base: Any,
+    values: dict[str, Any],
+    before: nn.Module,
+    drop: Drop,
+    gone: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[Path, Edit], Odd]:
     """The config that gives the kept blocks.
 
@@ -256,7 +272,7 @@ def _shallower(
         changed = copy.deepcopy(values)
         for path, edit in edits.items():
             _put(changed, path, edit)
-        after = _build(model, base, changed)
+        after = _build(model, base, changed, gone)
         odd = None if after is None else _differences(before, after, drop)
         if odd is not None and (best is None or len(odd) < len(best[2])):
             best = changed, edits, odd

@@ -18,14 +18,16 @@ from llmprune import _core
 from llmprune.declared import DECLARED, compile_rules, frozen_by_rule
 from llmprune.errors import InputError, PlanError
 from llmprune.explanation import Chain, Explanation, Step
-from llmprune.layers import Drop, LayerAxis, find_layers
+from llmprune.layers import LayerAxis, find_layers
 from llmprune.masked_ops import has_masked_form
 from llmprune.record import fingerprint as fingerprint_of
+from llmprune.sublayers import Part, PartAxis, find_parts
 from llmprune.tape import LITERAL, TENSOR, Tape, arguments, leaves
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmprune.layers import Drop
     from llmprune.second_form import SecondForm
 
 IntArray = NDArray[np.int64]
@@ -218,6 +220,16 @@ class Graph:
         """Stacks of whole blocks that may go (kind ``layer``); their ids continue after those of :attr:`axes`."""
         return find_layers(self.tape, len(self.axes), self.parameters, self.tied)
 
+    @cached_property
+    def sublayers(self) -> list[PartAxis]:
+        """Attention and feed-forwards that may go alone (kinds ``attention`` and ``feedforward``); ids go on again."""
+        return find_parts(self.tape, self.layers, len(self.axes) + len(self.layers), self.tied)
+
+    @property
+    def stacks(self) -> list[LayerAxis | PartAxis]:
+        """What goes block by block: :attr:`layers`, then :attr:`sublayers`."""
+        return [*self.layers, *self.sublayers]
+
     @property
     def equations(self) -> list[list[Any]]:
         """Recorded size equations ``[tensor, dim, tree, where]`` (:mod:`llmprune.equations`)."""
@@ -330,7 +342,7 @@ class Graph:
             sizes.setdefault(tensor, []).append(size)
         return {self.tape.tensors[tensor][4]: tuple(shape) for tensor, shape in sizes.items()}
 
-    def numel(self, removed: Mapping[int, int], drops: Sequence[Drop] = ()) -> int:
+    def numel(self, removed: Mapping[int, int], drops: Sequence[Drop | Part] = ()) -> int:
         """Elements of all parameters (tied ones once) when axis i loses ``removed[i]`` indices and blocks go."""
         total = int(self._core.numel(self._counts(removed))) + self._unused
         prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
@@ -340,7 +352,7 @@ class Graph:
         gone = (cut.get(name, shape) for name, shape in self.parameters.items() if name.startswith(prefixes))
         return total - sum(math.prod(shape) for shape in gone)
 
-    def macs(self, removed: Mapping[int, int], drops: Sequence[Drop] = ()) -> int:
+    def macs(self, removed: Mapping[int, int], drops: Sequence[Drop | Part] = ()) -> int:
         """Multiply-accumulates of the recorded forward pass then (its inputs' batch and length)."""
         prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
         if not prefixes:
@@ -579,10 +591,10 @@ class Graph:
         for kind, axes in sorted(kinds.items()):
             sizes = sorted({axis.size for axis in axes})
             lines.append(f"  {kind:10s} {len(axes):4d} axes of size {', '.join(map(str, sizes))}")
-        for stack in self.layers:
+        for stack in self.stacks:
             if stack.prunable:
                 lines.append(
-                    f"  {'layer':10s} {stack.size - len(stack.pinned):4d} of {stack.size} in {stack.module}"
+                    f"  {stack.kind:10s} {stack.size - len(stack.pinned):4d} of {stack.size} in {stack.module}"
                 )
         lines.append(f"  {'frozen':10s} {sum(not axis.prunable for axis in self.axes):4d} axes")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which whole blocks go, for a share of the layers or a share of the model's parameters.
+"""Which whole blocks, or branches of blocks, go, for a share of the layers or a share of the model's parameters.
 
 Blocks go one after another. ``uniform`` takes them so that every stack loses the same share, the lowest scores of a
 stack first; ``global`` takes the lowest score per parameter of all stacks. Where narrower axes give as well, blocks and
@@ -18,12 +18,16 @@ import numpy.typing as npt
 from llmprune.allocation import Indices, protected, rank
 from llmprune.errors import InputError, PlanError
 from llmprune.layers import Drop, LayerAxis
+from llmprune.sublayers import HELD, PARTS, Part, PartAxis
 
 if TYPE_CHECKING:
     from llmprune.graph import Graph
 
 Array = npt.NDArray[np.float64]
 Chosen = dict[int, list[int]]
+
+DEPTHS = ("layer", *PARTS)
+"""Kinds that go block by block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +41,7 @@ class Stack:
         costs: parameters of each block.
     """
 
-    axis: LayerAxis
+    axis: LayerAxis | PartAxis
     order: Sequence[int]
     scores: Array
     costs: Sequence[int]
@@ -45,6 +49,7 @@ class Stack:
 
 def candidates(
     graph: Graph,
+    kinds: Sequence[str],
     scores: Mapping[int, Array],
     pinned: Mapping[int, Mapping[int, str]],
     first: int | None,
@@ -55,6 +60,7 @@ def candidates(
 
     Args:
         graph: the traced model.
+        kinds: those of :data:`DEPTHS` that may give.
         scores: axis id -> (size,), of every stack that may lose some.
         pinned: axis id -> position -> why the block has to stay, besides what the graph says.
         first: blocks left at the start of each stack; None scales the paper's 4 of 32.
@@ -64,13 +70,18 @@ def candidates(
     Raises:
         PlanError: no stack may lose any, or one has no scores.
     """
-    if not any(axis.prunable for axis in graph.layers):
-        found = "; ".join(f"{axis.module}: {'; '.join(axis.reasons)}" for axis in graph.layers)
-        raise PlanError(
-            f"this model has no prunable axis of kind layer: {found or 'no stack of blocks on a residual stream'}"
-        )
+    axes = [axis for axis in graph.stacks if axis.kind in kinds]
+    for kind in kinds:
+        if not any(axis.prunable for axis in axes if axis.kind == kind):
+            found = "; ".join(
+                f"{axis.module}: {'; '.join(axis.reasons)}" for axis in axes if axis.kind == kind
+            )
+            missing = "no stack of blocks on a residual stream"
+            if kind != "layer":
+                missing += " has a direct child of its blocks that computes a whole branch"
+            raise PlanError(f"this model has no prunable axis of kind {kind}: {found or missing}")
     out = []
-    for axis in graph.layers:
+    for axis in axes:
         depth = {axis.module: axis.size}
         free = [
             i
@@ -84,11 +95,12 @@ def candidates(
             continue
         if axis.id not in scores:
             raise PlanError(
-                f"axis {axis.id} (layer, {axis.module}) has no scores: score the graph with kinds=('layer',)"
+                f"axis {axis.id} ({axis.kind}, {axis.module}) has no scores: score the graph with "
+                f"kinds=({axis.kind!r},)"
             )
-        order = [int(i) for i in rank(scores[axis.id]) if i in set(free)][: axis.size - 1]
+        order = [int(i) for i in rank(scores[axis.id]) if i in set(free)][: axis.groups - 1]
         costs = [
-            graph.numel({}) - graph.numel({}, [axis.drop([i])]) if i in set(free) else 0
+            graph.numel({}) - graph.numel({}, axis.drops([i])) if i in set(free) else 0
             for i in range(axis.size)
         ]
         out.append(Stack(axis, order, scores[axis.id], costs))
@@ -101,10 +113,43 @@ def candidates(
     return out
 
 
-def share(stacks: Sequence[Stack], ratio: float) -> Chosen:
-    """The lowest-scored blocks, ``ratio`` of each stack, rounded down."""
-    # A product such as 0.29 * 100 = 28.999999999999996 means 29.
-    return {s.axis.id: sorted(s.order[: int(ratio * s.axis.size + 1e-9)]) for s in stacks}
+def share(stacks: Sequence[Stack], ratios: Mapping[str, float]) -> Chosen:
+    """The lowest-scored blocks and branches, of each stack its kind's share, rounded down.
+
+    Whole layers go first, and take their branches along; of the branches that are left their share goes.
+    """
+    chosen: Chosen = {}
+    gone: dict[str, list[int]] = {}
+    for stack in sorted(stacks, key=lambda s: s.axis.kind != "layer"):
+        axis = stack.axis
+        away = gone.get(axis.module, [])
+        left, stay = axis.groups, set(away)
+        if isinstance(axis, PartAxis):
+            left, stay = len(set(axis.parts) - stay), stay | axis.held(away)
+        order = [i for i in stack.order if i not in stay]
+        # A product such as 0.29 * 100 = 28.999999999999996 means 29.
+        chosen[axis.id] = sorted(order[: int(ratios[axis.kind] * left + 1e-9)])
+        if axis.kind == "layer":
+            gone[axis.module] = chosen[axis.id]
+    return chosen
+
+
+def without_branches(graph: Graph, chosen: Chosen) -> Chosen:
+    """A choice less the branches of blocks that go whole.
+
+    Raises:
+        PlanError: of the blocks that are left, a branch goes that has to stay now.
+    """
+    if not chosen:
+        return {}
+    gone = {axis.module: set(chosen.get(axis.id, ())) for axis in graph.layers}
+    of = {}
+    for axis in graph.sublayers:
+        if axis.id in chosen:
+            of[axis.id] = gone[axis.module]
+            for i in sorted(axis.held(gone[axis.module]) & set(chosen[axis.id])):
+                raise PlanError(f"{axis.parts[i].path} cannot go once the blocks before it are gone: {HELD}")
+    return {key: [i for i in positions if i not in of.get(key, ())] for key, positions in chosen.items()}
 
 
 def sequence(stacks: Sequence[Stack], allocation: str) -> list[tuple[float, Stack, int]]:
@@ -113,7 +158,7 @@ def sequence(stacks: Sequence[Stack], allocation: str) -> list[tuple[float, Stac
     for place, stack in enumerate(stacks):
         worst = -np.inf
         for number, block in enumerate(stack.order):
-            half = (number + 0.5) / stack.axis.size
+            half = (number + 0.5) / stack.axis.groups
             worst = max(worst, float(stack.scores[block]) / max(1, stack.costs[block]))
             key = (half, worst) if allocation == "uniform" else (worst, half)
             steps.append((*key, place, number, half, stack, block))
@@ -174,9 +219,13 @@ def with_axes(
     return found
 
 
-def drops_of(graph: Graph, chosen: Mapping[int, Sequence[int] | Indices]) -> list[Drop]:
-    """A choice as the removal of blocks."""
-    return [axis.drop(chosen[axis.id]) for axis in graph.layers if len(chosen.get(axis.id, ()))]
+def drops_of(graph: Graph, chosen: Mapping[int, Sequence[int] | Indices]) -> list[Drop | Part]:
+    """A choice as the removal of blocks and of branches."""
+    if not chosen:
+        return []
+    return [
+        drop for axis in graph.stacks if len(chosen.get(axis.id, ())) for drop in axis.drops(chosen[axis.id])
+    ]
 
 
 @dataclass
@@ -184,7 +233,7 @@ class Shallower:
     """A graph without some of its blocks, as the allocation of narrower axes sees it."""
 
     graph: Graph
-    drops: Sequence[Drop]
+    drops: Sequence[Drop | Part]
 
     def __post_init__(self) -> None:
         prefixes = tuple(prefix for drop in self.drops for prefix in drop.prefixes)
@@ -202,25 +251,26 @@ class Shallower:
         return self.graph.numel(removed, self.drops)
 
 
-def check_blocks(removed: Mapping[int, npt.ArrayLike], stacks: Mapping[int, LayerAxis]) -> Chosen:
+def check_blocks(removed: Mapping[int, npt.ArrayLike], stacks: Mapping[int, LayerAxis | PartAxis]) -> Chosen:
     """Positions of blocks to remove, checked and sorted."""
     out: Chosen = {}
     for key, indices in removed.items():
         stack = stacks[key]
         values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
-        name = f"axis {key} (layer, size {stack.size} of {stack.module})"
+        what = "layer" if stack.kind == "layer" else "block"
+        name = f"axis {key} ({stack.kind}, size {stack.size} of {stack.module})"
         if values.size == 0:
             continue
         if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-            raise InputError(f"the removed layers of {name} must be a flat list of integers")
+            raise InputError(f"the removed {what}s of {name} must be a flat list of integers")
         gone = sorted({int(value) for value in values})
         if gone[0] < 0 or gone[-1] >= stack.size:
-            raise InputError(f"{name} has no layer {gone[0] if gone[0] < 0 else gone[-1]}")
+            raise InputError(f"{name} has no {what} {gone[0] if gone[0] < 0 else gone[-1]}")
         for position in gone:
             if position in stack.pinned:
-                raise PlanError(f"layer {position} of {name} cannot go: {stack.pinned[position]}")
-        if len(gone) == stack.size:
-            raise PlanError(f"{name} would lose every layer: keep at least one")
+                raise PlanError(f"{what} {position} of {name} cannot go: {stack.pinned[position]}")
+        if len(gone) == stack.groups:
+            raise PlanError(f"{name} would lose every {stack.kind}: keep at least one")
         out[key] = gone
     return out
 
@@ -229,11 +279,11 @@ def block_summaries(graph: Graph, blocks: Mapping[int, Indices]) -> dict[int, di
     """What a plan says of each stack that loses blocks."""
     return {
         stack.id: {
-            "kind": "layer",
+            "kind": stack.kind,
             "size": stack.size,
             "removed": len(blocks[stack.id]),
             "module": stack.module,
         }
-        for stack in (graph.layers if blocks else ())
+        for stack in (graph.stacks if blocks else ())
         if stack.id in blocks
     }

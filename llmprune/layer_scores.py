@@ -6,6 +6,8 @@
   ``out = in + m * (out - in)``, the block is removed by ``m = 0``, so the gate takes the place of the weight in the
   formulas of :mod:`llmprune.importance` (Ma et al. 2023, eqs. 3 and 5): ``w = 1``, ``g`` the mean over samples of
   ``dL_j/dm = sum over tokens of dL_j/dout * (out - in)``, ``s`` the mean of its square.
+Of a branch that may go alone (:mod:`llmprune.sublayers`), ``in`` is the stream before it is added and ``out`` the sum.
+
 - ``l1``, ``l2``: the magnitude of all the block's parameters together; ``random``: one draw per block.
 
 A block's gate is its only member, so aggregation plays no part.
@@ -31,15 +33,17 @@ from llmprune.layers import Drop, LayerAxis
 from llmprune.loss import SampleLosses, check_losses, config_value, run
 from llmprune.record import fresh
 from llmprune.streaming import available_memory, measured
+from llmprune.sublayers import Meeting, PartAxis
 
 Array = npt.NDArray[np.float64]
+StackAxis = LayerAxis | PartAxis
 Streams = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 _FORWARD_TOKENS = 4096  # tokens in one forward pass without gradients
 _SKETCH_TOKENS = 4
 
 
-def magnitudes(model: nn.Module, stacks: Sequence[LayerAxis], rule: Importance) -> dict[int, Array]:
+def magnitudes(model: nn.Module, stacks: Sequence[StackAxis], rule: Importance) -> dict[int, Array]:
     """Scores by an importance that needs the weights alone: axis id -> (size,)."""
     parameters = dict(model.named_parameters())
     out = {}
@@ -55,7 +59,7 @@ def magnitudes(model: nn.Module, stacks: Sequence[LayerAxis], rule: Importance) 
 
 
 def influences(
-    model: nn.Module, stacks: Sequence[LayerAxis], batch: Batch, progress: Callable[[int], object]
+    model: nn.Module, stacks: Sequence[StackAxis], batch: Batch, progress: Callable[[int], object]
 ) -> dict[int, Array]:
     """Block influence of every block: axis id -> (size,), between 0 (it changes no direction) and 2.
 
@@ -84,7 +88,7 @@ def influences(
                 weight = mask.to(cosine)  # noqa: B023
             sums[axis][position] += float((cosine * weight).sum()), float(weight.sum())
 
-        with torch.no_grad(), _watched(model, stacks, note):
+        with torch.no_grad(), _watched(model, stacks, note, streams=True):
             run(model, part.inputs)
         progress(part.samples)
     return {axis: 1 - both[:, 0] / np.maximum(both[:, 1], 1) for axis, both in sums.items()}
@@ -92,7 +96,7 @@ def influences(
 
 def contributions(
     model: nn.Module,
-    stacks: Sequence[LayerAxis],
+    stacks: Sequence[StackAxis],
     batch: Batch,
     losses_of: SampleLosses,
     rule: Importance,
@@ -147,7 +151,7 @@ def contributions(
 class _Gates:
     """Gradients at the gates of all blocks, sample by sample."""
 
-    def __init__(self, stacks: Sequence[LayerAxis]) -> None:
+    def __init__(self, stacks: Sequence[StackAxis]) -> None:
         self.stacks = stacks
         self.first: dict[tuple[int, int], torch.Tensor] = {}  # sums over samples of dL_j/dm
         self.second: dict[tuple[int, int], torch.Tensor] = {}  # and of its square
@@ -218,7 +222,7 @@ def obstacles(model: nn.Module, stacks: Sequence[LayerAxis]) -> dict[int, dict[i
     return found
 
 
-def check_finite(stacks: Sequence[LayerAxis], values: Mapping[int, Array], importance: str) -> None:
+def check_finite(stacks: Sequence[StackAxis], values: Mapping[int, Array], importance: str) -> None:
     """Raise CalibrationError where activations or gradients left the range of their dtype."""
     for stack in stacks:
         bad = np.flatnonzero(~np.isfinite(values[stack.id]))
@@ -235,8 +239,13 @@ def _parts(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 @contextmanager
-def _watched(model: nn.Module, stacks: Sequence[LayerAxis], note: Streams) -> Iterator[None]:
-    """Call ``note(axis, position, stream in, stream out)`` for each block that runs; what it returns is handed on."""
+def _watched(
+    model: nn.Module, stacks: Sequence[StackAxis], note: Streams, streams: bool = False
+) -> Iterator[None]:
+    """Call ``note(axis, position, stream in, stream out)`` for each block that runs; what it returns is handed on.
+
+    Of a branch it gets the stream before and after with ``streams``, else zeros and what is added.
+    """
 
     def hook(
         stack: LayerAxis, drop: Drop, position: int, _module: nn.Module, args: Any, kwargs: Any, result: Any
@@ -247,6 +256,10 @@ def _watched(model: nn.Module, stacks: Sequence[LayerAxis], note: Streams) -> It
     handles = []
     try:
         for stack in stacks:
+            if isinstance(stack, PartAxis):
+                for position, meeting in stack.meetings.items():
+                    handles += _watch_branch(model, meeting, partial(note, stack.id, position), streams)
+                continue
             drop = stack.drop(())
             for position in range(stack.size):
                 block = model.get_submodule(f"{stack.module}.{position}")
@@ -256,3 +269,32 @@ def _watched(model: nn.Module, stacks: Sequence[LayerAxis], note: Streams) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_branch(
+    model: nn.Module,
+    meeting: Meeting,
+    note: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None],
+    streams: bool,
+) -> list[Any]:
+    """Hooks that call ``note`` when a branch has run; their handles."""
+    held: list[torch.Tensor] = []
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        held[:] = [args[meeting.input] if isinstance(meeting.input, int) else kwargs[meeting.input]]
+
+    def after(_module: nn.Module, _args: Any, result: Any) -> Any:
+        added = result if meeting.output is None else result[meeting.output]
+        if streams:
+            stream = held.pop()
+            note(stream, stream + added)
+            return None
+        changed = note(torch.zeros_like(added), added)
+        return None if changed is None else depth.with_stream(meeting, changed, result)
+
+    handles: list[Any] = []
+    if streams:
+        module = model.get_submodule(meeting.module)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    handles.append(model.get_submodule(meeting.added).register_forward_hook(after, prepend=True))
+    return handles

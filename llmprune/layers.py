@@ -54,8 +54,28 @@ class Drop:
         return tuple(f"{self.module}.{i}." for i in self.removed.tolist())
 
 
+class Pinned:
+    """What has a reason for each block that has to stay."""
+
+    size: int
+    pinned: dict[int, str]
+
+    @property
+    def prunable(self) -> bool:
+        """Whether any block may go."""
+        return len(self.pinned) < self.size
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why blocks have to stay, each reason once with the positions it holds for."""
+        texts: dict[str, list[int]] = {}
+        for position, reason in sorted(self.pinned.items()):
+            texts.setdefault(reason, []).append(position)
+        return tuple(f"block {', '.join(map(str, places))}: {text}" for text, places in texts.items())
+
+
 @dataclass(eq=False)
-class LayerAxis:
+class LayerAxis(Pinned):
     """A stack of blocks; one index of it is one block.
 
     Attributes:
@@ -78,23 +98,19 @@ class LayerAxis:
     kind: str = "layer"
     marks: tuple[str, ...] = field(default=(), repr=False)
 
-    @property
-    def prunable(self) -> bool:
-        """Whether any block may go."""
-        return len(self.pinned) < self.size
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why blocks have to stay, each reason once with the positions it holds for."""
-        texts: dict[str, list[int]] = {}
-        for position, reason in sorted(self.pinned.items()):
-            texts.setdefault(reason, []).append(position)
-        return tuple(f"block {', '.join(map(str, places))}: {text}" for text, places in texts.items())
-
     def drop(self, removed: Iterable[int]) -> Drop:
         """The removal of some of its blocks."""
         gone = np.array(sorted(removed), dtype=np.int64)
         return Drop(self.module, self.size, gone, self.input, self.output)
+
+    @property
+    def groups(self) -> int:
+        """How many blocks there are."""
+        return self.size
+
+    def drops(self, removed: Iterable[int]) -> list[Drop]:
+        """The removal of some of its blocks, as a list."""
+        return [self.drop(removed)]
 
     def prefix(self, position: int) -> str:
         """The beginning of all names below one block."""
@@ -135,7 +151,7 @@ def find_layers(
             lists.setdefault(path, {}).setdefault(int(number), []).append(call)
     names = list(parameters)
     found: list[LayerAxis] = []
-    view = _View(tape) if lists else None
+    view = View(tape) if lists else None
     for path in sorted(lists, key=lambda path: path.count(".")):
         size = 1 + max((int(part) for name in names if (part := _member(name, path)) is not None), default=-1)
         inside = any(path.startswith(axis.module + ".") for axis in found)
@@ -151,6 +167,17 @@ def find_layers(
     return found
 
 
+def mixes(name: str) -> bool:
+    """Whether what an operation makes is no longer the stream itself."""
+    short = name.partition("::")[2]
+    return any(part in short for part in _MIXING)
+
+
+def joins(name: str) -> bool:
+    """Whether an operation adds two tensors."""
+    return name in _JOINING
+
+
 def _member(name: str, path: str) -> str | None:
     """The number of the member of the list at ``path`` that ``name`` lies in."""
     if not name.startswith(path + "."):
@@ -159,8 +186,8 @@ def _member(name: str, path: str) -> str | None:
     return number if number.isdecimal() else None
 
 
-class _View:
-    """What every stack asks of a tape."""
+class View:
+    """What every stack asks of a tape: what each operation reads, and whether an output depends on it."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
@@ -175,6 +202,9 @@ class _View:
             for op in tape.ops
         ]
         live = {tape.tensors[tid][2] for tid in tape.outputs}
+        self.holders: dict[int, list[int]] = {}  # storage -> the tensors in it
+        for tid, tensor in enumerate(tape.tensors):
+            self.holders.setdefault(tensor[2], []).append(tid)
         self.live = [False] * len(tape.ops)
         for number in range(len(tape.ops) - 1, -1, -1):
             if any(tid >= 0 and tape.tensors[tid][2] in live for tid in tape.ops[number][3]):
@@ -187,7 +217,7 @@ class _Stack:
 
     def __init__(
         self,
-        view: _View,
+        view: View,
         path: str,
         size: int,
         calls: Mapping[int, list[list[Any]]],
@@ -285,15 +315,13 @@ class _Stack:
             is_worked = any(tid in worked for tid in reads)
             if not is_clean and not is_worked:
                 continue
-            short = name.partition("::")[2]
-            mixes = any(part in short for part in _MIXING)
-            joins = name in _JOINING and is_clean and is_worked
-            if mixes or (is_worked and not joins):
+            is_join = joins(name) and is_clean and is_worked
+            if mixes(name) or (is_worked and not is_join):
                 worked.update(outputs)
                 clean.difference_update(outputs)
             else:
                 clean.update(outputs)
-                if joins or any(tid in joined for tid in reads):
+                if is_join or any(tid in joined for tid in reads):
                     joined.update(outputs)
         return out in joined and out in clean
 

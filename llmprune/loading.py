@@ -296,7 +296,9 @@ def _attach_record(folder: Path, model: Any, own: bool) -> None:
         # Saved again by other hands, without the record: what was removed is forgotten, what is left is known.
         shapes = {name: tuple(tensor.shape) for name, tensor in universal.tensors_of(model).items()}
         attributes = universal.attributes_of(spec)
-        record = Compaction(type(model).__name__, type(model).__module__, shapes, attributes=attributes)
+        kind = type(model)
+        dropped = spec.get("dropped", {})
+        record = Compaction(kind.__name__, kind.__module__, shapes, attributes=attributes, dropped=dropped)
     else:
         return
     before = copy.deepcopy(model.config)

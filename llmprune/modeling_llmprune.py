@@ -34,8 +34,9 @@ def shrink(model: Any, spec: dict[str, Any]) -> None:
             of their names). ``buffers``: buffers whose values are stored in the checkpoint rather than computed anew.
             ``attributes``: module -> attribute -> value, ``name[2]`` for an entry of a list or tuple; of a dotted name
             the objects on the way (a config) become the module's own. ``config``: ``[path, original, value]`` in the
-            model's own config.
+            model's own config. ``dropped``: module -> the arguments of the :class:`Nothing` in its place.
     """
+    drop(model, spec.get("dropped", {}))
     # Keyed by id, and held with the tensor it replaces, so that the id stays its own.
     smaller: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for prefix, module in model.named_modules():
@@ -64,6 +65,34 @@ def shrink(model: Any, spec: dict[str, Any]) -> None:
             _assign(owner, name, value)
     for path, _, value in spec["config"]:
         _assign(model.config, path, value)
+
+
+class Nothing(nn.Module):
+    """Stands where attention or a feed-forward was: what it adds to the stream is zero.
+
+    Args:
+        input: the argument that has the shape of the result (place or keyword).
+        output: which entry of the result is added to the stream; None: the result itself.
+        entries: how many entries there are, None for all others; None: the result is a tensor.
+    """
+
+    def __init__(self, input: int | str, output: int | None, entries: int | None) -> None:
+        super().__init__()
+        self.input, self.output, self.entries = input, output, entries
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros, as the module that was here returned its result."""
+        zeros = torch.zeros_like(args[self.input] if isinstance(self.input, int) else kwargs[self.input])
+        if self.entries is None:
+            return zeros
+        return tuple(zeros if place == self.output else None for place in range(self.entries))
+
+
+def drop(model: Any, dropped: dict[str, dict[str, Any]]) -> None:
+    """Put :class:`Nothing` in the place of modules."""
+    for path, how in dropped.items():
+        home, _, name = path.rpartition(".")
+        setattr(model.get_submodule(home), name, Nothing(**how))
 
 
 def _narrowed(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from llmprune.closure import close
 from llmprune.equations import Attribute, System
 from llmprune.errors import InputError, PlanError
 from llmprune.layer_choice import (
+    DEPTHS,
     Chosen,
     Shallower,
     Stack,
@@ -31,10 +32,12 @@ from llmprune.layer_choice import (
     sequence,
     share,
     with_axes,
+    without_branches,
 )
 from llmprune.layers import Drop, LayerAxis
 from llmprune.norms import NORMS, Norm, Rescale, rescales
 from llmprune.scope import resolve, under
+from llmprune.sublayers import PARTS, Part, PartAxis, split
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
@@ -49,6 +52,7 @@ KINDS = (
     "channel",
     "expert",
     "layer",
+    *PARTS,
     "head_dim",
     "value_dim",
     "rank",
@@ -98,6 +102,7 @@ class Plan:
         fingerprint: of the traced model; a plan fits no other.
         options: the arguments it was made with.
         layers: the blocks that leave each stack; their parameters are in no other list.
+        sublayers: the attention and feed-forwards that go alone, from blocks that stay.
         rescaled: weights of norms that are scaled when they are cut (:mod:`llmprune.norms`).
     """
 
@@ -111,6 +116,7 @@ class Plan:
     fingerprint: str
     options: dict[str, Any] = field(default_factory=dict)
     layers: list[Drop] = field(default_factory=list)
+    sublayers: list[Part] = field(default_factory=list)
     rescaled: list[Rescale] = field(default_factory=list)
 
     @property
@@ -140,6 +146,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "options": self.options,
             "layers": [{**vars(drop), "removed": encode_indices(drop.removed)} for drop in self.layers],
+            "sublayers": [vars(part) for part in self.sublayers],
             "rescaled": [vars(one) for one in self.rescaled],
         }
 
@@ -189,6 +196,7 @@ class Plan:
                     Drop(**{**drop, "removed": decode_indices(drop["removed"])})
                     for drop in data.get("layers", [])
                 ],
+                sublayers=[Part(**part) for part in data.get("sublayers", ())],
                 rescaled=[Rescale(**one) for one in data.get("rescaled", ())],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -275,7 +283,8 @@ def plan(
             -> float64 (outer size, axis size)) makes those axes lose a different choice for each outer index.
         ratio: share of the whole model's parameters that is to go, in (0, 1), reached within one group's size (one
             multiple of ``round_to``, for FFN axes). Or kind -> share of that kind's groups to remove in every layer,
-            rounded down (of ``layer``: of every stack's blocks); ``kinds`` and ``allocation`` then do not matter.
+            rounded down (of ``layer``, ``attention`` and ``feedforward``: of every stack's blocks); ``kinds`` and
+            ``allocation`` then do not matter.
         removed: axis id -> indices to remove. All of them go, and what their ties demand. For an axis nested in another
             (query heads in a key-value head) an array (outer size, k) removes different ones in each.
         kinds: kinds of axes that may give.
@@ -313,7 +322,7 @@ def plan(
             options[name] = value
     if removed is not None:
         whole = (
-            {} if max(removed, default=0) < len(graph.axes) else {stack.id: stack for stack in graph.layers}
+            {} if max(removed, default=0) < len(graph.axes) else {stack.id: stack for stack in graph.stacks}
         )
         chosen = check_blocks({key: removed[key] for key in removed if key in whole}, whole)
         wanted = _check_removed(graph, {key: removed[key] for key in removed if key not in whole})
@@ -342,7 +351,9 @@ def plan(
                 "plan needs scores to choose by: llmprune.score(model, graph, calibration) makes them"
             )
         wanted, chosen = _choose(graph, system, checked, options)
-    drops = drops_of(graph, chosen) if chosen else []
+    chosen = without_branches(graph, chosen)
+    drops = drops_of(graph, chosen)
+    layers, parts = split(drops)
     prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
     if prefixes:  # what goes with its block goes once
         wanted = {axis: indices for axis, indices in wanted.items() if not _inside(axes[axis], prefixes)}
@@ -375,7 +386,8 @@ def plan(
         parameters_after=graph.numel(counts, drops),
         fingerprint=graph.fingerprint,
         options=options,
-        layers=drops,
+        layers=layers,
+        sublayers=parts,
         rescaled=[by for _, by in scaled],
     )
 
@@ -396,8 +408,8 @@ def _names(axis: Axis) -> list[str]:
     return [name for name, _ in axis.places]
 
 
-def _describe(axis: Axis | LayerAxis) -> str:
-    names = [axis.module] if isinstance(axis, LayerAxis) else _names(axis)
+def _describe(axis: Axis | LayerAxis | PartAxis) -> str:
+    names = [axis.module] if isinstance(axis, (LayerAxis, PartAxis)) else _names(axis)
     place = f" of {names[0]}" if names else ""
     return f"axis {axis.id} ({axis.kind}, size {axis.size}{place})"
 
@@ -420,7 +432,7 @@ def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked
         )
     axes: dict[int, Any] = {axis.id: axis for axis in graph.axes}
     if max(scores, default=0) >= len(graph.axes):
-        axes |= {stack.id: stack for stack in graph.layers}
+        axes |= {stack.id: stack for stack in graph.stacks}
 
     def checked(key: int, value: npt.ArrayLike, outer: tuple[int, ...]) -> Array:
         if key not in axes:
@@ -448,7 +460,9 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
     out = {}
     for key, indices in removed.items():
         if key not in axes:
-            stacks = f", its stacks of layers {[s.id for s in graph.layers]}" if graph.layers else ""
+            stacks = (
+                f", its layers and parts of layers {[s.id for s in graph.stacks]}" if graph.layers else ""
+            )
             raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}{stacks}")
         axis = axes[key]
         values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
@@ -484,9 +498,11 @@ def _choose(
     """Axis id -> indices to remove for a ratio, and stack id -> blocks to remove."""
     ratio, scope = options["ratio"], options["scope"]
     stacks: list[Stack] = []
-    if "layer" in options["kinds"]:
+    depths = [kind for kind in DEPTHS if kind in options["kinds"]]
+    if depths:
         stacks = candidates(
             graph,
+            depths,
             scores.flat,
             scores.pinned,
             options["protect_first"],
@@ -494,8 +510,9 @@ def _choose(
             lambda path: not scope or under(path, scope),
         )
     if isinstance(ratio, dict):
-        chosen = share(stacks, ratio["layer"]) if stacks else {}
-        found = _candidates(graph, scores, options, drops_of(graph, chosen)) if set(ratio) - {"layer"} else []
+        chosen = share(stacks, ratio)
+        narrower = set(ratio) - set(DEPTHS)
+        found = _candidates(graph, scores, options, drops_of(graph, chosen)) if narrower else []
         return _indices(found, {c.axis: c.share(ratio[c.kind]) for c in found}), chosen
     total = graph.numel({})
     target = round(ratio * total)
@@ -503,7 +520,7 @@ def _choose(
         found = _candidates(graph, scores, options)
         return _indices(found, Budget(graph, system, found, options["allocation"]).solve(target)), {}
     steps = sequence(stacks, options["allocation"])
-    if set(options["kinds"]) == {"layer"}:
+    if set(options["kinds"]) <= set(DEPTHS):
         return {}, fit(steps, target, ratio, total)
 
     def reach(chosen: Chosen) -> int:
@@ -527,7 +544,8 @@ def _choose(
             continue
         return _indices(found, counts), chosen
     raise PlanError(
-        f"ratio {ratio:.4g} cannot be reached with layers and {len(options['kinds']) - 1} other kinds: {failure}"
+        f"ratio {ratio:.4g} cannot be reached with layers and "
+        f"{len(set(options['kinds']) - set(DEPTHS))} other kinds: {failure}"
     )
 
 
@@ -561,6 +579,11 @@ def check_choice(
         raise InputError(f"ratio must lie strictly between 0 and 1, not {ratio}")
     if allocation not in ALLOCATIONS:
         raise InputError(f"unknown allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
+    if not isinstance(ratio, Mapping) and "layer" in kinds and set(kinds) & set(PARTS):
+        raise InputError(
+            "whole layers and parts of layers compete for one ratio: give a share for each of these kinds, as in "
+            "{'layer': 0.1, 'attention': 0.2}"
+        )
     _check_norms(norms)
     for name, value, least in (
         ("protect_first", protect_first, 0),
@@ -588,12 +611,12 @@ def _check_norms(norms: str) -> None:
 
 
 def _candidates(
-    graph: Graph, scores: _Checked, options: Mapping[str, Any], drops: Sequence[Drop] = ()
+    graph: Graph, scores: _Checked, options: Mapping[str, Any], drops: Sequence[Drop | Part] = ()
 ) -> list[Candidate]:
     """The axes that may give under the options and lie outside of blocks that go, in order of id."""
     kinds, scope = options["kinds"], options["scope"]
     chosen = [axis for axis in graph.axes if axis.prunable and axis.kind in kinds and axis.size > 1]
-    missing = sorted(set(kinds) - {axis.kind for axis in chosen} - {"layer"}, key=_kind_order)
+    missing = sorted(set(kinds) - {axis.kind for axis in chosen} - set(DEPTHS), key=_kind_order)
     if not chosen or (missing and isinstance(options["ratio"], dict)):
         there = sorted({axis.kind for axis in graph.axes if axis.prunable}, key=_kind_order)
         raise PlanError(

@@ -163,7 +163,8 @@ def prune(
         importance: ``vector``, ``element1``, ``element2``, ``l1``, ``l2``, ``random``, or ``block_influence`` (with
             ``kinds=("layer",)``).
         aggregation: ``sum``, ``max``, ``product`` or ``last``, over the members of a group.
-        kinds: kinds of axes that may give; ``layer`` for whole layers.
+        kinds: kinds of axes that may give; ``layer`` for whole layers, ``attention`` and ``feedforward`` for these
+            parts of layers alone.
         allocation: ``uniform`` or ``global``.
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
@@ -256,7 +257,7 @@ def prune(
     tokens = traced_tokens(graph) or 1
     before = Size(plan.parameters_before, bytes_before, graph.macs({}) // tokens)
     counts = {axis: gone.shape[-1] for axis, gone in plan.removed.items() if axis < len(graph.axes)}
-    macs = graph.macs(counts, plan.layers) // tokens
+    macs = graph.macs(counts, [*plan.layers, *plan.sublayers]) // tokens
     with clock.stage("compact", "taking the slices out"):
         compact(model, plan, weights)
     report = Report(

@@ -15,6 +15,7 @@ from torch import nn
 from llmprune.errors import InputError, VerificationError
 from llmprune.norms import rescales
 from llmprune.record import Compaction
+from llmprune.sublayers import Part
 from llmprune.verify import Verification, compare, holding, outputs_of
 
 
@@ -119,12 +120,15 @@ def _against(
                 f"blocks of {path} are gone by the record, but the original given has no such stack"
             )
         drops.append(stack.drop(set(range(stack.size)) - set(left)))
+    parts = [Part(path, "", **how) for path, how in record.dropped.items()]
     removed = _removed(graph, record)
     marked = graph.marked_ops(removed)
     rescaled: list[Any] = []
     if any(step.options.get("norms") == "rescaled" for step in record.history):
         marked, rescaled = rescales(graph, marked, removed)
-    masked = SimpleNamespace(kept=record.kept, marked=marked, rescaled=rescaled, layers=drops)
+    masked = SimpleNamespace(
+        kept=record.kept, marked=marked, rescaled=rescaled, layers=drops, sublayers=parts
+    )
 
     def counterpart(other: nn.Module) -> nn.Module:
         return model if other is original else copy.deepcopy(model).to(next(other.parameters()).dtype)

@@ -74,6 +74,8 @@ class Compaction:
             in this record are the original model's: ``model.layers.5`` stays that, whatever its number is now.
         config: fields of the config from which the model's class is built before anything narrower is made of it, at
             the depth that is left; empty for a model without a config.
+        dropped: path of a module that computed the attention or the feed-forward of one block -> the arguments of the
+            :class:`llmprune.modeling_llmprune.Nothing` in its place.
         state: ``complete``, or ``broken`` after a compaction that did not reach its end: such a model is unusable.
     """
 
@@ -85,6 +87,7 @@ class Compaction:
     history: list[Step] = field(default_factory=list)
     layers: dict[str, list[int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
     state: str = "complete"
 
     @property
@@ -105,7 +108,13 @@ class Compaction:
         return out
 
     def name_now(self, original: str) -> str | None:
-        """What a module or tensor of the original is called now; None if its block has gone."""
+        """What a module or tensor of the original is called now; None if it has gone."""
+        if any(f"{original}.".startswith(f"{path}.") for path in self.dropped):
+            return None
+        return self._place_now(original)
+
+    def _place_now(self, original: str) -> str | None:
+        """The same for the place of a module that was dropped itself."""
         parts = original.split(".")
         for place, part in enumerate(parts):
             left = self.layers.get(".".join(original.split(".")[:place]))
@@ -126,7 +135,7 @@ class Compaction:
 
     def current(self) -> Compaction:
         """The same record as if the model had always had the blocks that are left, under their names now."""
-        if not self.layers:
+        if not self.layers and not self.dropped:
             return self
         shapes = {
             now: s for name, s in self.original_shapes.items() if (now := self.name_now(name)) is not None
@@ -135,7 +144,12 @@ class Compaction:
         attributes = [
             replace(a, module=now) for a in self.attributes if (now := self.name_now(a.module)) is not None
         ]
-        return replace(self, original_shapes=shapes, kept=kept, attributes=attributes, layers={})
+        dropped = {
+            now: how for path, how in self.dropped.items() if (now := self._place_now(path)) is not None
+        }
+        return replace(
+            self, original_shapes=shapes, kept=kept, attributes=attributes, layers={}, dropped=dropped
+        )
 
     def compose(
         self,
@@ -145,6 +159,7 @@ class Compaction:
         layers: Mapping[str, Sequence[int]] | None = None,
         config: dict[str, Any] | None = None,
         odd: Iterable[AttributeValue] = (),
+        dropped: Mapping[str, dict[str, Any]] | None = None,
     ) -> Compaction:
         """The record after one more pruning.
 
@@ -155,6 +170,7 @@ class Compaction:
             layers: path of a list of blocks -> the positions left of it, of the model as it is now.
             config: :attr:`config` at the new depth; None: as before.
             odd: attributes of kept blocks that are not those of their new places, under the names they get.
+            dropped: what :attr:`dropped` gets, with paths of the model as it is now.
 
         Returns:
             A new record; this one is left as it was.
@@ -189,6 +205,7 @@ class Compaction:
             history=[*self.history, step],
             layers=depths,
             config=self.config if config is None else config,
+            dropped=self.dropped | {self.name_then(now): how for now, how in (dropped or {}).items()},
             state="complete",
         )
         original = [replace(a, module=self.name_then(a.module)) for a in attributes]
@@ -211,6 +228,7 @@ class Compaction:
             "history": [vars(step) for step in self.history],
             "layers": self.layers,
             "config": self.config,
+            "dropped": self.dropped,
             "state": self.state,
         }
 
@@ -229,6 +247,7 @@ class Compaction:
             history=[Step(**step) for step in data["history"]],
             layers={path: [*map(int, left)] for path, left in data.get("layers", {}).items()},
             config=data.get("config", {}),
+            dropped={path: dict(how) for path, how in data.get("dropped", {}).items()},
             state=data.get("state", "complete"),
         )
 

@@ -238,7 +238,7 @@ class Recording:
             self.stack.pop()
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-        for module in list_members(self.model):
+        for module in noted_modules(self.model):
             note = partial(self._note_call, self.paths[id(module)])
             handles.append(module.register_forward_hook(note, with_kwargs=True))
         try:
@@ -248,7 +248,7 @@ class Recording:
                 handle.remove()
 
     def _note_call(self, scope: int, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        """Write down which tensors went into a member of a list of modules and came out of it."""
+        """Write down which tensors went into a module and came out of it."""
         items = (
             [(None, result)]
             if isinstance(result, torch.Tensor)
@@ -259,10 +259,11 @@ class Recording:
             else ()
         )
         entry: list[Any] = [scope]
-        for named in ([*enumerate(args), *kwargs.items()], items):
-            entry.append(
-                [[slot, self.recorder.numbered(t)] for slot, t in named if isinstance(t, torch.Tensor)]
-            )
+        given = [*enumerate(args), *kwargs.items()]
+        entry.append([[slot, self.recorder.numbered(t)] for slot, t in given if isinstance(t, torch.Tensor)])
+        entry.append(
+            [[slot, self.recorder.numbered(t) if isinstance(t, torch.Tensor) else -1] for slot, t in items]
+        )
         self.tape.calls.append(entry)
 
     # Functions that run differently during a trace
@@ -401,6 +402,14 @@ def list_members(model: nn.Module) -> list[nn.Module]:
 
 def _named(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     return [args[place] if place < len(args) else kwargs[name] for place, name in enumerate(names)]
+
+
+def noted_modules(model: nn.Module) -> list[nn.Module]:
+    """The members of all lists of modules, and the children of those that lie in no other member; each once."""
+    members = list_members(model)
+    inner = {id(below) for member in members for below in member.modules() if below is not member}
+    children = [child for member in members if id(member) not in inner for child in member.children()]
+    return list({id(module): module for module in (*members, *children)}.values())
 
 
 def _listed(tree: Any) -> Any:

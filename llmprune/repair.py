@@ -35,6 +35,7 @@ from llmprune.errors import InputError
 from llmprune.least_squares import fit
 from llmprune.loss import SampleLosses, logits_of
 from llmprune.streaming import undisturbed
+from llmprune.sublayers import silenced
 from llmprune.verify import experts_computed_by
 
 HELD_OUT = 8
@@ -154,6 +155,7 @@ class _Repairer:
         self._weights = {name: p.data for name, p in model.named_parameters() if name in plan.kept}
         self._kept = {name: plan.kept[name] for name in self._weights}
         self._drops = list(getattr(plan, "layers", ()))
+        self._parts = list(getattr(plan, "sublayers", ()))
         self._changes: dict[Use, torch.Tensor | None] = {}
         self._doubled = self._carry_out = False
         self._left = 0
@@ -170,12 +172,18 @@ class _Repairer:
         if self._doubled:
             inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
         drops = self._drops if sequential else ()
-        with Taps(self._weights, self._kept, self._meet), bypassed(self._model, drops, self._past):
+        parts = self._parts if sequential else ()
+        taps = Taps(self._weights, self._kept, self._meet)
+        with taps, bypassed(self._model, drops, self._past), silenced(self._model, parts, self._quiet):
             _forward(self._model, Batch(inputs, batch.hash))
 
     def _past(self, into: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """What comes out of a block that goes: of the second stream, what went in."""
         return torch.cat([out.chunk(2)[0], into.chunk(2)[1]]) if self._doubled else into
+
+    def _quiet(self, out: torch.Tensor) -> torch.Tensor:
+        """What a branch that goes adds: to the second stream, nothing."""
+        return torch.cat([out.chunk(2)[0], out.chunk(2)[1] * 0]) if self._doubled else out * 0
 
     def _survey(self, batch: Batch) -> tuple[Counter[Use], bool]:
         """How often a pass makes each use; and whether all keep the rows of two samples apart, one after the other."""

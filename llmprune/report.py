@@ -127,16 +127,19 @@ def axes_summary(graph: Any) -> list[dict[str, Any]]:
         entry["sizes"] = sorted({*entry["sizes"], axis.size})
         if axis.size > 1:
             entry["parameters"] += (total - graph.numel({axis.id: 1})) * axis.size
-    stacks = [stack for stack in graph.layers if stack.prunable]
-    if stacks:
+    for kind in dict.fromkeys(stack.kind for stack in graph.stacks):
+        stacks = [stack for stack in graph.stacks if stack.prunable and stack.kind == kind]
+        if not stacks:
+            continue
         free = {s.id: [i for i in range(s.size) if i not in s.pinned] for s in stacks}
-        out["layer"] = {
-            "kind": "layer",
+        out[kind] = {
+            "kind": kind,
             "axes": len(stacks),
             "groups": sum(map(len, free.values())),
             "sizes": sorted({stack.size for stack in stacks}),
             "marked": 0,
-            "parameters": total - graph.numel({}, [stack.drop(free[stack.id]) for stack in stacks]),
+            "parameters": total
+            - graph.numel({}, [drop for stack in stacks for drop in stack.drops(free[stack.id])]),
         }
     return list(out.values())
 
@@ -153,7 +156,7 @@ def render_axes(graph: Any, frozen: bool) -> str:
             [entry["kind"], str(entry["axes"]), str(entry["groups"]), span, str(entry["marked"]), share]
         )
     fixed = [axis for axis in graph.axes if not axis.prunable]
-    pinned = [stack for stack in graph.layers if stack.pinned]
+    pinned = [stack for stack in graph.stacks if stack.pinned]
     lines = [
         table(rows),
         f"{total:,} parameters; {len(fixed)} axes frozen{'' if frozen else ' (--frozen lists them)'}",
@@ -163,7 +166,8 @@ def render_axes(graph: Any, frozen: bool) -> str:
             place = f" in {axis.members[0].parameter}" if axis.members else ""
             lines.append(f"  axis {axis.id}, size {axis.size}{place}: {'; '.join(axis.reasons)}")
         lines += [
-            f"  layers of {stack.module} (axis {stack.id}): {'; '.join(stack.reasons)}" for stack in pinned
+            f"  {stack.kind} of {stack.module} (axis {stack.id}): {'; '.join(stack.reasons)}"
+            for stack in pinned
         ]
     lines += [f"note: {note}" for note in (*unknown(graph.unknown_operations), *graph.tape.notes)]
     return "\n".join(lines)

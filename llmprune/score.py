@@ -27,7 +27,9 @@ from llmprune.atomic import write_file
 from llmprune.calibration import LENGTH, LONG_LENGTH, LONG_SAMPLES, SAMPLES, Batch, load_calibration
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance, lookup
+from llmprune.layer_choice import DEPTHS
 from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
+from llmprune.layers import LayerAxis
 from llmprune.loss import SampleLosses, UserLoss, config_value
 from llmprune.plan import check_kinds
 from llmprune.reduction import Reducer, Sums
@@ -37,7 +39,7 @@ from llmprune.wrapped import check_present, on_uncompiled
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph
-    from llmprune.layers import LayerAxis
+    from llmprune.sublayers import PartAxis
 
 log = logging.getLogger(__name__)
 
@@ -229,15 +231,15 @@ def check_scoring(
             kinds that the importance has no scores for.
     """
     rule = lookup(importance)
-    if rule.layers and kinds is not None and set(kinds) != {"layer"}:
+    if rule.layers and kinds is not None and not set(kinds) <= set(DEPTHS):
         raise InputError(
-            f"importance {importance!r} scores whole layers and nothing smaller: prune kinds=('layer',) by it "
-            "(--kinds layer), or choose another importance"
+            f"importance {importance!r} scores whole layers, attention or feed-forwards, and nothing smaller: "
+            "prune kinds=('layer',) by it (--kinds layer), or choose another importance"
         )
-    if rule.activations and kinds is not None and "layer" in kinds:
+    if rule.activations and kinds is not None and set(kinds) & set(DEPTHS):
         raise InputError(
-            f"importance {importance!r} has no scores for whole layers: choose block_influence or a gradient's "
-            "importance, or leave the kind 'layer' out"
+            f"importance {importance!r} has no scores for whole layers, attention or feed-forwards: choose "
+            f"block_influence or a gradient's importance, or leave out {', '.join(sorted(set(kinds) & set(DEPTHS)))}"
         )
     if aggregation not in AGGREGATIONS:
         raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
@@ -297,7 +299,8 @@ def score(
         pin_boundaries: With checkpointing, keep the blocks' inputs in pinned host memory instead of the device's.
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.
-        kinds: Kinds that are to be pruned: ``layer`` has whole layers scored too, and alone nothing else; importances
+        kinds: Kinds that are to be pruned: ``layer``, ``attention`` and ``feedforward`` have whole layers or these
+            parts of them scored too, and alone nothing else; importances
             read off activations score these kinds only. None: every kind but ``layer`` (only ``layer`` for
             block_influence).
 
@@ -312,8 +315,8 @@ def score(
         kinds = ("layer",) if rule.layers else ()
     else:
         check_kinds(kinds)
-    stacks = [stack for stack in graph.layers if stack.prunable] if "layer" in kinds else []
-    axes = [] if set(kinds) == {"layer"} else [axis for axis in graph.axes if axis.prunable]
+    stacks = [stack for stack in graph.stacks if stack.prunable and stack.kind in kinds] if kinds else []
+    axes = [] if kinds and set(kinds) <= set(DEPTHS) else [axis for axis in graph.axes if axis.prunable]
     check_present(model)
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
@@ -370,9 +373,11 @@ def score(
         seed=seed,
         calibration_hash=None if batch is None else batch.hash,
         fingerprint=graph.fingerprint,
-        kinds={axis.id: axis.kind for axis in axes} | {stack.id: "layer" for stack in stacks},
+        kinds={axis.id: axis.kind for axis in axes} | {stack.id: stack.kind for stack in stacks},
         nested=tables,
-        pinned=obstacles(model, stacks) if stacks else {},
+        pinned=obstacles(model, [stack for stack in stacks if isinstance(stack, LayerAxis)])
+        if stacks
+        else {},
     )
 
 
@@ -397,7 +402,7 @@ def _of_activations(
 
 def _of_layers(
     model: nn.Module,
-    stacks: Sequence[LayerAxis],
+    stacks: Sequence[LayerAxis | PartAxis],
     rule: Importance,
     batch: Batch | None,
     loss: UserLoss | None,

@@ -62,6 +62,8 @@ def find(
     Returns:
         The form and an empty string; or None and a clause that says why there is none.
     """
+    if record.dropped:
+        return None, f"no config can state that {next(iter(record.dropped))} is gone"
     kind = stock_class(model)
     with quiet_transformers():  # odd sizes that are tried out make it talk
         solver = Solver(model, record, base)

@@ -34,9 +34,9 @@ class Tape:
             tensor), ``scope`` an index into ``scopes``.
         scopes: module paths (the root is the empty string).
         outputs: ids of the tensors that matter to a caller (logits, or the last hidden state).
-        calls: ``[scope, inputs, outputs]`` for each run of a member of a list of modules; ``inputs`` and ``outputs``
-            are ``[slot, tensor_id]``, an input's slot its place or keyword, an output's its place or key (None: the
-            result is that tensor).
+        calls: ``[scope, inputs, outputs]`` for each run of a member of a list of modules, or of a child of one;
+            ``inputs`` and ``outputs`` are ``[slot, tensor_id]``, an input's slot its place or keyword, an output's its
+            place or key (None: the result is that tensor), and -1 for an output that is no tensor.
         equations: ``[tensor_id, dim, tree, where]``: the integer expression ``tree`` gave the size of that dimension.
         value_used: ``[tree, where]``: an integer whose value entered the arithmetic as a number.
         model: class name of the traced model.

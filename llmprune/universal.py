@@ -70,6 +70,7 @@ def difference(model: Any, record: Compaction, base: Any) -> dict[str, Any]:
         CheckpointError: the model has other tensors than its class, or larger ones.
     """
     built = build_on_meta(stock_class(model), base)
+    modeling_llmprune.drop(built, record.dropped)
     before, after = tensors_of(built), tensors_of(model)
     if odd := sorted(before.keys() ^ after.keys()):
         where = "lacks" if odd[0] in before else "has"
@@ -102,6 +103,7 @@ def difference(model: Any, record: Compaction, base: Any) -> dict[str, Any]:
         "buffers": [name for name in after if name in passing and name in stored],
         "attributes": attributes,
         "config": [list(change) for change in changes],
+        **({"dropped": record.dropped} if record.dropped else {}),
     }
 
 

@@ -2,7 +2,8 @@
 
 The masked reference is the original model with the removed positions of the same parameters set to zero, in which
 every operation that normalises over a removed axis sees the kept positions only (:mod:`llmprune.masked_ops`), and every
-removed block hands the stream on as it gets it (:func:`llmprune.depth.bypassed`). It shares no code with compaction: it
+removed block hands the stream on as it gets it (:func:`llmprune.depth.bypassed`), and every removed branch is times
+zero (:func:`llmprune.sublayers.silenced`). It shares no code with compaction: it
 moves nothing, resizes nothing and sets no attribute, so a slip in any of these shows as a difference.
 """
 
@@ -27,6 +28,8 @@ from llmprune.errors import InputError, LlmpruneError, VerificationError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.layers import renamed
 from llmprune.masked_ops import KeptPositions, kept_positions
+from llmprune.modeling_llmprune import Nothing
+from llmprune.sublayers import silenced
 from llmprune.wrapped import check_present, on_uncompiled, without_hooks
 
 log = logging.getLogger(__name__)
@@ -108,7 +111,61 @@ def verify(
         PlanError, TensorError: as :func:`llmprune.compact`.
     """
     with holding(model, plan.kept, weights or {}):
-        return compare(model, plan, inputs, lambda original: compacted_copy(original, plan))
+        done = compare(model, plan, inputs, lambda original: compacted_copy(original, plan))
+        if getattr(plan, "sublayers", ()) or (
+            getattr(plan, "layers", ()) and any(isinstance(m, Nothing) for m in model.modules())
+        ):
+            check_cache(compacted_copy(model, plan), model, inputs)
+        return done
+
+
+def check_cache(model: nn.Module, original: nn.Module, inputs: Mapping[str, Any] | None) -> None:
+    """Compare a pass with a cache, token by token at its end, with one without; nothing for models without a cache.
+
+    Args:
+        model: a compacted model that lacks attention: a cache may be read where nothing fills it any more.
+        original: the model before.
+        inputs: as for :func:`verify`; only ``input_ids`` are used.
+
+    Raises:
+        VerificationError: it does not run, or computes something else, where the original does neither.
+    """
+    if inputs is None:
+        from llmprune.inputs import example_inputs
+
+        inputs = example_inputs(original)
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] < 4:
+        return
+    tolerance = 10 * TOLERANCE.get(_narrowest(model), 1e-5)  # other kernels for other lengths
+    if _cache_error(model, ids) > tolerance and _cache_error(original, ids) <= tolerance:
+        raise VerificationError(
+            "without these layers, or parts of layers, the model computes something else with a cache than without, or "
+            "does not run with one: keep others"
+        )
+
+
+def _cache_error(model: nn.Module, ids: torch.Tensor) -> float:
+    """Error of the last token's output with a cache, relative to the largest; infinite if it does not run so."""
+    taken = inspect.signature(model.forward).parameters
+    if "use_cache" not in taken or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return 0.0
+    with evaluating(model), without_hooks(model), torch.no_grad():
+        whole = outputs_of(model, {"input_ids": ids})
+        name = _principal(list(whole))[0]
+        past: dict[str, Any] = {}
+        try:
+            for part in (ids[:, :-2], ids[:, -2:-1], ids[:, -1:]):
+                result = model(input_ids=part, use_cache=True, **past)
+                past = {k: v for k, v in result.items() if k in taken and not isinstance(v, torch.Tensor)}
+                if not past:
+                    return 0.0
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            log.debug("with a cache %s does not run: %s", type(model).__name__, error)
+            return float("inf")
+        expected = whole[name][:, -1]
+        error_found = _error(expected, result[name][:, -1]) / (float(expected.abs().max()) or 1.0)
+        return error_found if error_found == error_found else float("inf")
 
 
 def compare(
@@ -289,7 +346,7 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
                     gone = torch.as_tensor(np.setdiff1d(np.arange(data.shape[dim]), kept), device=data.device)
                     undo.append((data, dim, gone, data.index_select(dim, gone)))
                     data.index_fill_(dim, gone, 0)
-        with bypassed(model, getattr(plan, "layers", ())):
+        with bypassed(model, getattr(plan, "layers", ())), silenced(model, getattr(plan, "sublayers", ())):
             yield
     finally:
         with deferred_interrupts():

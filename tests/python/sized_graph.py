@@ -97,6 +97,10 @@ class SizedGraph:
         return [axis for term in self.tensors[tensor][dim] for axis in term]
 
     @property
+    def stacks(self) -> list[Any]:
+        return self.layers
+
+    @property
     def layers(self) -> list[Any]:
         return []  # depth is tested on recorded models
 

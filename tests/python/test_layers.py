@@ -281,8 +281,8 @@ def test_explicit_layers_are_checked(llama: Graph) -> None:
     ):
         with pytest.raises(kind, match=message):
             llmprune.plan(llama, removed={stack.id: removed})
-    with pytest.raises(InputError, match=rf"its stacks of layers \[{stack.id}\]"):
-        llmprune.plan(llama, removed={stack.id + 1: [0]})
+    with pytest.raises(InputError, match=rf"its layers and parts of layers \[{stack.id}, "):
+        llmprune.plan(llama, removed={stack.id + 3: [0]})
     graph = llmprune.trace(deep("t5", 3))
     with pytest.raises(PlanError, match=r"layer 0 of .* cannot go: more than its output"):
         llmprune.plan(graph, removed={graph.layers[1].id: [0]})
