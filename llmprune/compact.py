@@ -116,7 +116,7 @@ def compact(
         parameters_before=before,
         parameters_after=before - freed,
         versions=record.versions(),
-        repaired=sorted(weights or {}),
+        repaired=sorted(map(old.name_then, weights or {})),
     )
     left = {drop.module: drop.kept for drop in follow.drops}
     kept = {cut.name: cut.kept for cut in cuts}

@@ -36,8 +36,9 @@ class Recheck:
     verification: Verification | None
 
     def __str__(self) -> str:
+        shapes = f"{self.tensors} cut tensors have the shapes of the record, " if self.tensors else ""
         lines = [
-            f"{self.tensors} cut tensors have the shapes of the record, all weights are finite, and so are the outputs "
+            f"{shapes}all weights are finite, and so are the outputs "
             f"({self.parameters:,} parameters, pruned {_times(self.prunings)})"
         ]
         if self.verification is None:
@@ -108,8 +109,9 @@ def _against(
     shapes = {name: tuple(t.shape) for name, t in (*original.named_parameters(), *original.named_buffers())}
     for name, shape in record.original_shapes.items():
         if shapes.get(name) != shape:
+            found = f"has shape {shapes[name]} there" if name in shapes else "is not there"
             raise InputError(
-                f"{name} had shape {shape} before the pruning and {shapes.get(name)} in the original given"
+                f"the model was not made from the original given: {name} had shape {shape}, and {found}"
             )
     graph = trace(original, inputs)
     drops = []
@@ -124,7 +126,8 @@ def _against(
     removed = _removed(graph, record)
     marked = graph.marked_ops(removed)
     rescaled: list[Any] = []
-    if any(step.options.get("norms") == "rescaled" for step in record.history):
+    ways = {step.options.get("norms") for step in record.history}
+    if "rescaled" in ways:
         marked, rescaled = rescales(graph, marked, removed)
     masked = SimpleNamespace(
         kept=record.kept, marked=marked, rescaled=rescaled, layers=drops, sublayers=parts
@@ -135,8 +138,17 @@ def _against(
 
     # What a repair changed is what it is: the original gets it too, and the rest is compared.
     tensors = dict(model.named_parameters())
-    with holding(original, record.kept, {name: tensors[name].detach() for name in record.repaired}):
-        return compare(original, masked, inputs, counterpart)
+    there = {name: now for name in record.repaired if (now := record.name_now(name)) is not None}
+    with holding(original, record.kept, {name: tensors[now].detach() for name, now in there.items()}):
+        try:
+            return compare(original, masked, inputs, counterpart)
+        except VerificationError as error:
+            if "rescaled" not in ways or len(ways) == 1:
+                raise
+            raise VerificationError(
+                f"{error}; some of its prunings rescaled norms and some did not: if one of these took channels with "
+                "norms kept, the record does not say enough to compare it with the original"
+            ) from error
 
 
 def _removed(graph: Any, record: Compaction) -> dict[int, np.ndarray]:

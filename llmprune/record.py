@@ -48,7 +48,7 @@ class Step:
         parameters_before: parameter count before this step.
         parameters_after: parameter count after it.
         versions: versions of Python and of the packages that took part.
-        repaired: parameters whose remaining weights got new values (:mod:`llmprune.repair`).
+        repaired: parameters, by their original names, whose remaining weights got new values (:mod:`llmprune.repair`).
     """
 
     options: dict[str, Any]

@@ -309,7 +309,7 @@ def _compare(
             )
     # Other outputs may legitimately be smaller (an encoder's hidden states after its hidden channels were cut).
     names = tuple(n for n, t in reference.items() if n in got and got[n].shape == t.shape)
-    error = max(_error(reference[name], got[name]) for name in names)
+    error = float(np.max([_error(reference[name], got[name]) for name in names]))  # keeps NaN, unlike max()
     scale = max(float(reference[name].abs().max()) if reference[name].numel() else 0.0 for name in principal)
     return error, scale, names
 

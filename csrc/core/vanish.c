@@ -16,10 +16,15 @@ enum {
     FIRST,  /* as the first tensor */
     SECOND, /* as the second tensor */
     CARRY,  /* as every tensor that has the axis */
+    ALL,    /* as every tensor, those without the axis included */
     FACTOR, /* as any tensor */
     TERM,   /* as all tensors together, with no scalar added */
     POWER,  /* as the base, where the exponent is positive */
-    CLAMP   /* as the first tensor, where zero is within the bounds */
+    CLAMP,  /* as the first tensor, where zero is within the bounds */
+    FILL,   /* as the first tensor, where it is filled with zero */
+    PAD,    /* as CARRY, where it is padded with zero */
+    ADDMUL, /* as the first tensor and one of the factors */
+    ADDDIV  /* as the first tensor and the dividend */
 };
 
 typedef struct {
@@ -42,9 +47,9 @@ static const named pointwise[] = {
     {"floor_divide", FIRST}, {"fmod", FIRST},
     {"frac", FIRST},         {"gelu", FIRST},
     {"hardshrink", FIRST},   {"hardswish", FIRST},
-    {"hardtanh", FIRST},     {"leaky_relu", FIRST},
+    {"hardtanh", CLAMP},     {"leaky_relu", FIRST},
     {"lerp", TERM},          {"log1p", FIRST},
-    {"masked_fill", FIRST},  {"mish", FIRST},
+    {"masked_fill", FILL},   {"mish", FIRST},
     {"mul", FACTOR},         {"nan_to_num", FIRST},
     {"neg", FIRST},          {"polar", FIRST},
     {"positive", FIRST},     {"pow", POWER},
@@ -59,8 +64,8 @@ static const named pointwise[] = {
     {"sub", TERM},           {"tan", FIRST},
     {"tanh", FIRST},         {"tanhshrink", FIRST},
     {"true_divide", FIRST},  {"trunc", FIRST},
-    {"where", CARRY},        {"_prelu_kernel", FIRST},
-    {"addcmul", FIRST},      {"addcdiv", FIRST},
+    {"where", ALL},          {"_prelu_kernel", FIRST},
+    {"addcmul", ADDMUL},     {"addcdiv", ADDDIV},
     {"zeros", ALWAYS},       {"zeros_like", ALWAYS},
     {"zero", ALWAYS},        {"new_zeros", ALWAYS},
     {"empty", ALWAYS},       {"empty_like", ALWAYS},
@@ -81,9 +86,11 @@ uint8_t lp_vanish_find(const char *name, lp_rule_fn rule, uint8_t detail)
         return SECOND;
     if (rule == lp_rule_weight_norm)
         return FACTOR;
+    if (rule == lp_rule_pad)
+        return PAD;
     if (rule == lp_rule_view || rule == lp_rule_squeeze || rule == lp_rule_permute ||
         rule == lp_rule_expand || rule == lp_rule_repeat || rule == lp_rule_cat || rule == lp_rule_stack ||
-        rule == lp_rule_pad || rule == lp_rule_slice || rule == lp_rule_pieces || rule == lp_rule_select ||
+        rule == lp_rule_slice || rule == lp_rule_pieces || rule == lp_rule_select ||
         rule == lp_rule_reorder || rule == lp_rule_unfold || rule == lp_rule_as_strided ||
         rule == lp_rule_as_complex || rule == lp_rule_as_real || rule == lp_rule_scatter ||
         rule == lp_rule_index_add || rule == lp_rule_index_put || rule == lp_rule_masked_scatter ||
@@ -146,6 +153,13 @@ static lp_tensor *each_operand(const vanish *v, const lp_op *op, size_t *argumen
     return NULL;
 }
 
+/* Whether an argument is a number or absent: not a tensor, whose values nobody knows. */
+static bool plain(const vanish *v, const lp_op *op, size_t argument)
+{
+    uint8_t tag = (uint8_t)lp_op_arg(v->graph, op, argument).tag;
+    return tag == LP_ARG_NONE || tag == LP_ARG_INT || tag == LP_ARG_FLOAT || tag == LP_ARG_BOOL;
+}
+
 /* The sign of a number among the arguments (a double's bits have it where an integer has), 0 where there is none. */
 static int sign(const vanish *v, const lp_op *op, size_t argument)
 {
@@ -177,6 +191,8 @@ static bool combined(const vanish *v, const lp_op *op, lp_atom leaf)
         return (first & 2u) != 0;
     case CARRY:
         return having > 0 && zeros == having;
+    case ALL:
+        return operands > 0 && zeros == operands;
     case FACTOR:
         return zeros > 0;
     case TERM:
@@ -184,7 +200,17 @@ static bool combined(const vanish *v, const lp_op *op, lp_atom leaf)
     case POWER:
         return (first & 1u) != 0 && lp_op_tensor(v->graph, op, 0) != NULL && sign(v, op, 1) > 0;
     case CLAMP:
-        return (first & 1u) != 0 && sign(v, op, 1) <= 0 && sign(v, op, 2) >= 0;
+        return (first & 1u) != 0 && plain(v, op, 1) && plain(v, op, 2) && sign(v, op, 1) <= 0 &&
+               sign(v, op, 2) >= 0;
+    case FILL:
+        return (first & 1u) != 0 && plain(v, op, 2) && sign(v, op, 2) == 0;
+    case PAD:
+        return having > 0 && zeros == having && sign(v, op, 2) == 0;
+    case ADDMUL:
+        return (first & 1u) != 0 &&
+               (zero(v, lp_op_tensor(v->graph, op, 1), leaf) || zero(v, lp_op_tensor(v->graph, op, 2), leaf));
+    case ADDDIV:
+        return (first & 1u) != 0 && zero(v, lp_op_tensor(v->graph, op, 1), leaf);
     default:
         return false;
     }

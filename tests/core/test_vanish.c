@@ -46,6 +46,44 @@ static void test_copies_gated_by_what_is_not_zero_at_zero(void)
     }
 }
 
+/* (f(h) * sigmoid(h)).sum(-1): whether an index of h can go is whether f(0) is zero there. */
+static void test_what_is_put_in_place_of_zero_remains(void)
+{
+    enum { FILLED, FILLED_WITH_ZERO, CHOSEN, BOUNDED, BOUNDED_ABOVE_ZERO, BOUNDED_BY_TENSOR, ADDED, CASES };
+    const char *const names[CASES] = {"masked_fill with 1", "masked_fill with 0",  "where with a constant",
+                                      "hardtanh",           "hardtanh above zero", "clamp by a tensor",
+                                      "addcmul of sigmoids"};
+
+    for (int which = 0; which < CASES; which++) {
+        int64_t w, h, gate, other, mask, f, y;
+        begin();
+        h = tape_produce(&t, 6, &w);
+        gate = tape_point(&t, "sigmoid", ARGS(T(h)), SHAPE(2, 6));
+        mask = tape_value(&t, true, SHAPE(2, 6));
+        tape_call(&t, "gt", LP_OP_POINTWISE, ARGS(T(h), I(0)), IDS(mask));
+        other = tape_input(&t, SHAPE(1));
+        if (which == FILLED || which == FILLED_WITH_ZERO)
+            f = tape_point(&t, "masked_fill", ARGS(T(h), T(mask), I(which == FILLED)), SHAPE(2, 6));
+        else if (which == CHOSEN)
+            f = tape_point(&t, "where", ARGS(T(mask), T(h), T(other)), SHAPE(2, 6));
+        else if (which == BOUNDED || which == BOUNDED_ABOVE_ZERO)
+            f = tape_point(&t, "hardtanh", ARGS(T(h), I(which == BOUNDED ? -1 : 1), I(2)), SHAPE(2, 6));
+        else if (which == BOUNDED_BY_TENSOR)
+            f = tape_point(&t, "clamp", ARGS(T(h), T(other), NO), SHAPE(2, 6));
+        else
+            f = tape_point(&t, "addcmul", ARGS(T(h), T(gate), T(gate), I(1)), SHAPE(2, 6));
+        y = tape_point(&t, "mul", ARGS(T(f), T(gate)), SHAPE(2, 6));
+        y = tape_op(&t, "sum", ARGS(T(y), IS(1), B(0), NO), SHAPE(2));
+        if (build(y)) {
+            if (which == FILLED_WITH_ZERO || which == BOUNDED)
+                CHECK(prunable(w, 0, 0), "%s", names[which]);
+            else
+                CHECK(frozen(w, 0, 0, LP_REASON_REMAINS), "%s", names[which]);
+        }
+        tape_end(&t);
+    }
+}
+
 /* phi(q) phi(k)^T of linear attention: elu(0) = 0, elu(0) + 1 is not. */
 static void test_feature_maps_of_linear_attention(void)
 {
@@ -152,6 +190,7 @@ static void test_joined_indices_still_name_the_experts(void)
 int main(void)
 {
     test_copies_gated_by_what_is_not_zero_at_zero();
+    test_what_is_put_in_place_of_zero_remains();
     test_feature_maps_of_linear_attention();
     test_a_weight_is_factor_enough();
     test_attention_of_a_silent_head();

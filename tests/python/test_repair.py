@@ -16,6 +16,7 @@ from llmprune.calibration import Batch, load_calibration
 from llmprune.consumers import Taps, Use
 from llmprune.errors import InputError, PlanError
 from llmprune.least_squares import fit
+from llmprune.recheck import recheck
 from llmprune.repair import repair
 from llmprune.score import long_calibration
 
@@ -206,6 +207,34 @@ def test_verification_and_compaction_take_the_new_weights() -> None:
         llmprune.compact(build("llama").double(), plan, wrong)
     with pytest.raises(PlanError, match="does not cut it"):
         llmprune.compact(build("llama").double(), plan, {"model.norm.weight": torch.ones(48)})
+
+
+def test_a_repair_beside_dropped_layers_is_checked_against_the_original(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    original, model = (AutoModelForCausalLM.from_pretrained(DEMO / "model") for _ in range(2))
+    report = llmprune.prune(
+        model,
+        tokenizer,
+        {"layer": 0.2, "ffn": 0.3},
+        DEMO / "calibration.txt",
+        protect_first=1,
+        protect_last=1,
+        output=tmp_path / "out",
+        quiet=True,
+    )
+    assert report.repair is not None
+    assert report.repair.kept
+    numbers = {int(name.split(".")[2]) for name in model.llmprune.repaired}
+    assert numbers < set(
+        model.llmprune.layers["model.layers"]
+    )  # the original's numbers, of layers that are left
+    again = llmprune.from_pretrained(tmp_path / "out")
+    for pruned in (model, again):
+        found = recheck(pruned, original).verification
+        assert found is not None
+        assert found.relative_error < 1e-5
 
 
 def test_bad_input() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from llmprune.errors import InputError, VerificationError
 from llmprune.masked_ops import kept_positions
-from llmprune.verify import verify
+from llmprune.reload import _difference
+from llmprune.verify import _compare, verify
 
 FFN_CUT = {0: [1, 5, 18], 1: [0, 2, 3]}
 HEAD_CUT = {0: [1], 1: [0]}
@@ -102,6 +104,14 @@ def test_a_plan_that_cuts_the_logits_fails() -> None:
     plan.kept = {"lm_head.weight": {0: keep(61, [3])}}
     with pytest.raises(VerificationError, match="cuts an output"):
         verify(model, plan, batch())
+
+
+def test_nan_in_a_later_output_is_an_error() -> None:
+    good = {"start_logits": torch.ones(2), "end_logits": torch.ones(2)}
+    bad = {**good, "end_logits": torch.tensor([1.0, float("nan")])}
+    assert _compare(good, good)[0] == 0
+    assert math.isnan(_compare(good, bad)[0])
+    assert math.isnan(_difference(good, bad))
 
 
 def test_nan_weights_fail() -> None:
