@@ -196,7 +196,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         f"- prunable axes by kind: {', '.join(f'{kind} {axes[kind]}' for kind in ORDER if axes[kind])}.",
         "- *equality*: equal axes of all prunable ones, and the largest error relative to the largest output.",
         "- *stock kinds*: which of head, query, ffn, expert and channel, removed alone in equal numbers, save as a "
-        "checkpoint the stock class loads; everything saves in the universal form.",
+        "checkpoint the stock class loads; a dash where saving was not tried.",
         "- *universal*: largest relative error of the universal form, reloaded in a process without llmprune.",
         "- a dash: not tried in this run, or the row failed before.",
         "- *seconds*: of the trace, and of all checks together, on one thread of a shared machine.",

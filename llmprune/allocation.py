@@ -317,8 +317,8 @@ class Budget:
                 last.append(freed - before)
         if not last or target - freed >= min(last):
             raise PlanError(
-                f"ratio {target / self.total:.4g} cannot be reached with {len(self.candidates)} prunable axes: "
-                f"the largest reachable ratio is {freed / self.total:.4f}; prune more kinds, protect fewer layers "
+                f"ratio {target / self.total:.4g} cannot be reached by what may be pruned here: the largest "
+                f"reachable ratio is {freed / self.total:.4f}; prune more kinds, protect fewer layers, widen the scope "
                 f"or round to a smaller multiple"
             )
 

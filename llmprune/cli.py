@@ -64,13 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmprune", description="Structured pruning for any PyTorch model.")
+    parser = _Parser(prog="llmprune", description="Structured pruning for any Hugging Face model.")
     parser.add_argument("--version", action="version", version=f"llmprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
 
     prune = _command(commands, "prune", _prune, "remove groups of a model and save what is left")
     prune.add_argument(
-        "--ratio", type=_ratio, default=0.2, help="share of the parameters, or head=0.25,ffn=0.2"
+        "--ratio",
+        type=_ratio,
+        default=0.2,
+        help="share of the parameters, or head=0.25,ffn=0.2 (%(default)s)",
     )
     prune.add_argument(
         "--importance",
@@ -121,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--repair-calibration", type=_path, metavar="FILE", help="text to repair on (that of --calibration)"
     )
-    prune.add_argument("--seed", type=int, default=0)
+    prune.add_argument("--seed", type=int, default=0, help="of the importance random (%(default)s)")
     prune.add_argument(
         "--no-verify", action="store_true", help="do not compare with the masked reference first"
     )
@@ -243,7 +246,7 @@ def _prune(options: argparse.Namespace) -> None:
     repair_text = options.repair_calibration or options.calibration
     if repair_text is not None and tokenizer is None:
         raise InputError(
-            f"--calibration needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
+            f"calibration text needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
         )
     if options.calibration is not None:
         calibration = calibration_for(

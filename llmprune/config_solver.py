@@ -122,7 +122,7 @@ class Solver:
         return (
             f"{one} keeps {self._target[keys[0]]} of {start[keys[0]]} in dimension {dim} and {other} keeps "
             f"{self._target[keys[1]]}, and {self._config} states one size for both: prune layers alike (a ratio for "
-            "each kind, protect_first=0, protect_last=0)"
+            "each kind, and protect_first and protect_last 0)"
         )
 
     def _solutions(self, builder: _Builder) -> Iterator[dict[Field, Number]]:
@@ -194,11 +194,6 @@ class Solver:
         names = ", ".join(sorted({_spelt(place) for place in together}))
         told = _told(min(wrong, key=lambda key: (len(key) > 2, str(key))), start, target)
         return f"no values of {names} in {self._config} give {told} its size and leave the others theirs"
-
-
-def proposals(model: Any, record: Compaction, base: Any) -> Iterator[Any]:
-    """Configs from which the stock class builds a model with the tensors and attributes of ``model``; see Solver."""
-    return Solver(model, record, base).proposals()
 
 
 @dataclass

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llmprune import modeling_llmprune
 from llmprune.borrow import is_config
+from llmprune.config_solver import REFUSALS
 from llmprune.errors import PlanError
 from llmprune.layers import Drop, renamed
 from llmprune.record import AttributeValue, Compaction, config_snapshot
@@ -38,19 +38,6 @@ Odd = list[tuple[str, str, Any]]
 """(module path, attribute, value) of what kept blocks have and blocks built at their new places have not."""
 
 _PLAIN = (int, float, bool, str, type(None))
-
-# What building from a config that somebody made up may raise.
-_REFUSALS = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    AssertionError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-    NotImplementedError,
-    StrictDataclassError,
-)
 
 
 @dataclass
@@ -246,7 +233,7 @@ def _build(
             built = type(model)(type(base).from_dict(copy.deepcopy(dict(values))))
             modeling_llmprune.drop(built, gone)
             return built
-    except _REFUSALS:
+    except REFUSALS:
         return None
 
 
@@ -344,7 +331,7 @@ def _filled_in(base: Any, values: dict[str, Any], home: Path, names: Iterable[st
         del _at(without, home)[name]
     try:
         made = _at(type(base).from_dict(without).to_dict(), home)
-    except _REFUSALS:
+    except REFUSALS:
         return []
     return [(*home, name) for name in names if _same(made.get(name), _at(values, home)[name])]
 

@@ -7,7 +7,7 @@ elsewhere. All of this is read off the tape; a block that fails says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from llmprune.tape import MUTATES, TENSOR, TENSORS, Tape, arguments
 
 Indices = npt.NDArray[np.int64]
 Slot = int | str
-Places = dict[int, tuple[str, int]]
 
 # Operations that mix positions or channels by weights: what they make is no longer the stream itself.
 _MIXING = ("mm", "linear", "matmul", "conv", "attention", "lstm", "gru", "embedding", "scan")
@@ -46,7 +45,8 @@ class Drop:
     @property
     def kept(self) -> list[int]:
         """The positions that stay."""
-        return [i for i in range(self.size) if i not in set(self.removed.tolist())]
+        gone = set(self.removed.tolist())
+        return [i for i in range(self.size) if i not in gone]
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -377,10 +377,3 @@ class _Stack:
                 last = block
         for block in range(last + 2 if last >= 0 else 0):
             self._pin(block, f"the stream is changed between block {last} and the next")
-
-
-def blocks_of(axes: Iterable[LayerAxis], removed: Mapping[int, Indices]) -> Iterator[Drop]:
-    """The drops that ``removed`` (layer axis id -> positions) stands for."""
-    for axis in axes:
-        if axis.id in removed and removed[axis.id].size:
-            yield axis.drop(removed[axis.id].tolist())

@@ -56,6 +56,7 @@ class Report:
         importance, aggregation, seed: how groups were scored.
         calibration_hash: sha256 of the calibration samples; None where the importance needs none.
         notes: what the recording had to do besides the ordinary.
+        unknown_operations: operations without a rule -> how often they ran; each froze what it touched.
         output: where the checkpoint lies; None if none was written.
         form: its form, ``stock`` or ``universal``.
         reason: why it is not ``stock``, a clause; empty where it is.
@@ -160,8 +161,8 @@ def prune(
         tokenizer: for calibration texts, and saved with the model.
         ratio: share of the parameters to remove, or kind -> share of that kind's groups in every layer.
         calibration: as for :func:`llmprune.score`; not needed for ``l1``, ``l2`` and ``random``.
-        importance: ``vector``, ``element1``, ``element2``, ``l1``, ``l2``, ``random``, or ``block_influence`` (with
-            ``kinds=("layer",)``).
+        importance: ``vector``, ``element1``, ``element2``, ``obs``, ``fluctuation``, ``activation``, ``l1``, ``l2``,
+            ``random``, or ``block_influence`` (with ``kinds=("layer",)`` and parts of layers).
         aggregation: ``sum``, ``max``, ``product`` or ``last``, over the members of a group.
         kinds: kinds of axes that may give; ``layer`` for whole layers, ``attention`` and ``feedforward`` for these
             parts of layers alone.

@@ -159,7 +159,7 @@ def render_axes(graph: Any, frozen: bool) -> str:
     pinned = [stack for stack in graph.stacks if stack.pinned]
     lines = [
         table(rows),
-        f"{total:,} parameters; {len(fixed)} axes frozen{'' if frozen else ' (--frozen lists them)'}",
+        f"{total:,} parameters; frozen axes: {len(fixed)}{'' if frozen else ' (--frozen lists them)'}",
     ]
     if frozen:
         for axis in fixed:

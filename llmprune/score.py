@@ -285,7 +285,8 @@ def score(
         graph: Its graph.
         calibration: Token ids (samples x length), texts with ``tokenizer``, a path to .txt or .jsonl, or a mapping of
             tensors; see :func:`llmprune.calibration.load_calibration`. Not needed for l1, l2 and random.
-        importance: vector, element1, element2, l1, l2, random, one registered, or block_influence (of layers only).
+        importance: vector, element1, element2, obs, fluctuation, activation, l1, l2, random, one registered, or
+            block_influence (of layers and their parts only).
         aggregation: sum, max, product, or last (the last member in execution order).
         seed: For ``random``; the same seed gives the same scores.
         tokenizer: For texts.

@@ -9,7 +9,7 @@ import transformers as tf
 from checkpoint_models import FAMILIES, SIZES
 
 from llmprune import config_solver
-from llmprune.config_solver import proposals
+from llmprune.config_solver import Solver
 from llmprune.record import AttributeValue, Compaction, fresh
 from llmprune.universal import build_on_meta
 
@@ -17,7 +17,7 @@ from llmprune.universal import build_on_meta
 def solve(kind: type[Any], base: Any, wanted: dict[str, Any], record: Compaction | None = None) -> list[Any]:
     """Proposals for the model of the config ``base`` with the ``wanted`` values."""
     target = build_on_meta(kind, type(base).from_dict({**base.to_dict(), **wanted}))
-    return list(proposals(target, record or fresh(build_on_meta(kind, base)), base))
+    return list(Solver(target, record or fresh(build_on_meta(kind, base)), base).proposals())
 
 
 def states(config: Any, wanted: dict[str, Any]) -> bool:
@@ -116,7 +116,7 @@ def test_ragged_layers_have_no_proposal() -> None:
         .model.layers[1]
         .mlp
     )
-    assert list(proposals(target, fresh(build_on_meta(kind, base)), base)) == []
+    assert list(Solver(target, fresh(build_on_meta(kind, base)), base).proposals()) == []
 
 
 def test_what_the_config_itself_refuses_has_no_proposal() -> None:
@@ -127,7 +127,7 @@ def test_what_the_config_itself_refuses_has_no_proposal() -> None:
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(layer.self_attn, name).weight.data = getattr(layer.self_attn, name).weight[:40]
         layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight[:, :40]
-    assert list(proposals(target, fresh(build_on_meta(kind, base)), base)) == []
+    assert list(Solver(target, fresh(build_on_meta(kind, base)), base).proposals()) == []
 
 
 def test_attributes_decide_between_equal_shapes() -> None:
@@ -155,7 +155,7 @@ def test_many_layers_are_learnt_from_few(monkeypatch: pytest.MonkeyPatch) -> Non
     target = build_on_meta(kind, type(base).from_dict({**base.to_dict(), **wanted}))
     record = fresh(build_on_meta(kind, base))
     monkeypatch.setattr(config_solver, "build_on_meta", counted)
-    found = next(proposals(target, record, base))
+    found = next(Solver(target, record, base).proposals())
     assert states(found, {**wanted, "num_hidden_layers": 12})
     assert depths.count(12) <= 4
     assert depths.count(2) > 10
