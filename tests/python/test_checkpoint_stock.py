@@ -141,7 +141,7 @@ def test_the_reason_names_the_layers_that_differ(tmp_path: Path) -> None:
     assert saved.form == "universal"
     assert "model.layers.0.mlp.gate_proj.weight keeps 19 of 20 in dimension 0" in saved.reason
     assert "model.layers.1.mlp.gate_proj.weight keeps 18" in saved.reason
-    assert "protect_first=0" in saved.reason
+    assert "protect_first and protect_last 0" in saved.reason
 
 
 def test_the_reason_names_what_no_field_sizes(tmp_path: Path) -> None:
