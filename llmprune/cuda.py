@@ -65,7 +65,7 @@ def _preload_cublas() -> None:
     Where it is not, or a CUDA build of torch has loaded its own already, the linker finds what there is.
     """
     if find_spec("cuda") is not None and _has("cuda.pathfinder"):
-        from cuda import pathfinder  # type: ignore[import-not-found,unused-ignore]
+        from cuda import pathfinder  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         try:
             pathfinder.load_nvidia_dynamic_lib("cublas")
