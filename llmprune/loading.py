@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from llmprune import universal
 from llmprune.errors import CheckpointError
 from llmprune.record import Compaction, config_snapshot
+from llmprune.shards import DTYPES, find_tensors, read_json
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +26,7 @@ RECORD = "llmprune.json"
 """File with the record of a pruned checkpoint (:class:`llmprune.record.Compaction`)."""
 
 _CONFIG = "config.json"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_FLOATS = {kind: DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16")}
 _LOADING = (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError)
 _CHUNK = 1 << 24  # elements looked at in one go for NaN
 
@@ -62,7 +58,7 @@ def load_model(
     """
     folder = Path(directory)
     values = _read_config(folder)
-    kinds = _check_weights(folder)
+    kinds = {name: place.kind for name, place in find_tensors(folder).items()}
     kind, own = _model_class(folder, values, trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code and not own else {}
     if attn_implementation is not None:
@@ -133,7 +129,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is a file: give the folder it lies in")
     if not (folder / _CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {_CONFIG}: it is no checkpoint folder of transformers")
-    values = _read_json(folder / _CONFIG)
+    values = read_json(folder / _CONFIG)
     quantised = values.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
@@ -146,55 +142,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder / _CONFIG} states dtype {dtype}: pruning needs float16, bfloat16, float32 or float64 weights"
         )
     return values
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({_first_line(error)}): copy it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds no JSON object: copy it again")
-    return values
-
-
-def _check_weights(folder: Path) -> dict[str, str]:
-    """Open the header of each safetensors file; tensor name -> dtype as safetensors spells it."""
-    if (folder / _INDEX).is_file():
-        index = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise CheckpointError(f"{folder / _INDEX} has no weight_map: copy it again")
-        kinds: dict[str, str] = {}
-        for shard in sorted(set(index.values())):
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"{folder / shard} is missing, but {_INDEX} names it: copy it again")
-            found = _header(folder / shard)
-            lost = sorted(name for name, place in index.items() if place == shard and name not in found)
-            if lost:
-                raise CheckpointError(
-                    f"{folder / shard} lacks {lost[0]}, which {_INDEX} places there: copy it again"
-                )
-            kinds.update(found)
-        return kinds
-    if (folder / _WEIGHTS).is_file():
-        return _header(folder / _WEIGHTS)
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has its weights as a pickle only ({pickles[0]}), which can run code when it is read: convert it "
-            "with transformers' from_pretrained and save_pretrained (they write safetensors) if you trust it"
-        )
-    raise CheckpointError(f"{folder / _WEIGHTS} is missing: copy it again")
-
-
-def _header(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: str(tensors.get_slice(name).get_dtype()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is truncated or damaged ({_first_line(error)}): copy it again"
-        ) from error
 
 
 def _model_class(folder: Path, values: dict[str, Any], trust_remote_code: bool) -> tuple[Any, bool]:
@@ -228,7 +175,7 @@ def _model_class(folder: Path, values: dict[str, Any], trust_remote_code: bool) 
 
 def _recorded_class(folder: Path) -> type[Any]:
     """The stock class that the record names by its module (one that transformers does not export)."""
-    data = _read_json(folder / RECORD)
+    data = read_json(folder / RECORD)
     home, name = str(data.get("module", "")), str(data.get("model_class", ""))
     if home.startswith("transformers."):
         try:
@@ -289,7 +236,7 @@ def _attach_record(folder: Path, model: Any, own: bool) -> None:
                 delattr(model.config, name)
     if (folder / RECORD).is_file():
         try:
-            record = Compaction.from_json(_read_json(folder / RECORD))
+            record = Compaction.from_json(read_json(folder / RECORD))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / RECORD} is damaged ({error!r}): copy it again") from error
     elif own:
