@@ -7,23 +7,28 @@ that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
+from llmprune.commands.common import (
+    check_file,
+    command,
+    load,
+    names_argument,
+    path_argument,
+    print_json,
+    read_text,
+)
 from llmprune.errors import InputError, LlmpruneError
 
 if TYPE_CHECKING:
     from llmprune.stages import Stages
-
-GENERATED = 40
-"""Tokens generated for ``--generate``."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llmprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
 
-    prune = _command(commands, "prune", _prune, "remove groups of a model and save what is left")
+    prune = command(commands, "prune", _prune, "remove groups of a model and save what is left")
     prune.add_argument(
         "--ratio",
         type=_ratio,
@@ -83,26 +88,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--aggregation", default="sum", help="sum max product last (%(default)s)")
     prune.add_argument(
-        "--calibration", type=_path, metavar="FILE", help=".txt or .jsonl to score the groups on"
+        "--calibration", type=path_argument, metavar="FILE", help=".txt or .jsonl to score the groups on"
     )
     prune.add_argument(
         "--samples", type=int, help="calibration samples (10; 32 for obs, fluctuation, activation)"
     )
     prune.add_argument("--length", type=int, help="tokens in each (64; 128 for those)")
     prune.add_argument(
-        "--output", type=_path, metavar="DIR", help="folder for the pruned model; without it none is written"
+        "--output",
+        type=path_argument,
+        metavar="DIR",
+        help="folder for the pruned model; without it none is written",
     )
     prune.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     prune.add_argument(
         "--form", default="auto", help="of the checkpoint: auto, stock or universal (%(default)s)"
     )
     prune.add_argument(
-        "--eval", type=_path, metavar="FILE", help="text to measure perplexity on, before and after"
+        "--eval", type=path_argument, metavar="FILE", help="text to measure perplexity on, before and after"
     )
     prune.add_argument("--generate", metavar="PROMPT", help="continue this text greedily, before and after")
     prune.add_argument(
         "--kinds",
-        type=_names,
+        type=names_argument,
         default=("head", "ffn"),
         help="kinds of axes to prune; layer drops whole layers, attention and feedforward these alone (head,ffn)",
     )
@@ -122,47 +130,40 @@ def _parser() -> argparse.ArgumentParser:
         "--repair", default="auto", help="ls (least squares), none, or auto: ls if there is calibration"
     )
     prune.add_argument(
-        "--repair-calibration", type=_path, metavar="FILE", help="text to repair on (that of --calibration)"
+        "--repair-calibration",
+        type=path_argument,
+        metavar="FILE",
+        help="text to repair on (that of --calibration)",
     )
     prune.add_argument("--seed", type=int, default=0, help="of the importance random (%(default)s)")
     prune.add_argument(
         "--no-verify", action="store_true", help="do not compare with the masked reference first"
     )
-    prune.add_argument("--save-plan", type=_path, metavar="FILE", help="write the plan as JSON as well")
+    prune.add_argument(
+        "--save-plan", type=path_argument, metavar="FILE", help="write the plan as JSON as well"
+    )
 
-    trace = _command(commands, "trace", _trace, "show what can be pruned, by kind")
+    trace = command(commands, "trace", _trace, "show what can be pruned, by kind")
     trace.add_argument(
         "--explain", metavar="PARAM:DIM:INDEX", help="why this slice is tied to each other one"
     )
     trace.add_argument("--frozen", action="store_true", help="list what cannot be pruned, with reasons")
 
-    verify = _command(commands, "verify", _verify, "check a plan, or a pruned model, against the original")
+    verify = command(commands, "verify", _verify, "check a plan, or a pruned model, against the original")
     verify.add_argument(
-        "--plan", type=_path, metavar="FILE", help="a plan for MODEL_DIR, to compare with its masked form"
+        "--plan",
+        type=path_argument,
+        metavar="FILE",
+        help="a plan for MODEL_DIR, to compare with its masked form",
     )
     verify.add_argument(
-        "--original", type=_path, metavar="DIR", help="what the pruned MODEL_DIR was made from"
+        "--original", type=path_argument, metavar="DIR", help="what the pruned MODEL_DIR was made from"
     )
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     return parser
-
-
-def _command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
-    """A subcommand with what all that read a model share."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument("model", type=_path, metavar="MODEL_DIR", help="folder of a Hugging Face model")
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run modeling code that the model's folder brings along",
-    )
-    command.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    command.set_defaults(run=run)
-    return command
 
 
 def _ratio(text: str) -> float | dict[str, float]:
@@ -180,17 +181,6 @@ def _ratio(text: str) -> float | dict[str, float]:
     return dict(pairs)
 
 
-def _path(text: str) -> Path:
-    """A path; an empty one (an unset variable of a script) would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _quieten() -> None:
     """Keep other libraries' chatter off stderr: it belongs to progress and to our one sentence."""
     warnings.simplefilter("ignore")
@@ -198,11 +188,6 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="llmprune: %(message)s")
-
-
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    print()
 
 
 # --- prune ------------------------------------------------------------------------------------------------------------
@@ -233,15 +218,15 @@ def _prune(options: argparse.Namespace) -> None:
         round_to=options.round_to,
         norms=options.norms,
     )
-    _check_file(options.calibration, "calibration file")
-    _check_file(options.repair_calibration, "repair calibration file")
+    check_file(options.calibration, "calibration file")
+    check_file(options.repair_calibration, "repair calibration file")
     text = None
     if options.eval is not None:
-        _check_file(options.eval, "evaluation file")
-        text = _read_text(options.eval)
+        check_file(options.eval, "evaluation file")
+        text = read_text(options.eval)
     _check_plan_file(options.save_plan)
     clock = Stages(announcer(bool(options.quiet)))
-    model, tokenizer = _load(options.model, clock, options.trust_remote_code)
+    model, tokenizer = load(options.model, clock, options.trust_remote_code)
     calibration = None
     repair_text = options.repair_calibration or options.calibration
     if repair_text is not None and tokenizer is None:
@@ -284,17 +269,9 @@ def _prune(options: argparse.Namespace) -> None:
     if options.save_plan is not None:
         report.plan.save(options.save_plan)
     if options.json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         print(report)
-
-
-def _load(directory: Path, clock: Stages, trust: bool) -> tuple[Any, Any]:
-    """The model and its tokenizer (None where the folder has none)."""
-    from llmprune.checkpoint import load_model, load_tokenizer
-
-    with clock.stage("load", f"reading {directory}"):
-        return load_model(directory, trust_remote_code=trust), load_tokenizer(directory)
 
 
 def _judge(
@@ -303,35 +280,17 @@ def _judge(
     """Perplexity on ``text`` and a continuation of ``prompt``, where they are asked for."""
     if (text is not None or prompt is not None) and tokenizer is None:
         raise InputError("--eval and --generate need a tokenizer, and the model's folder has none")
-    value = continuation = None
+    value = written = None
     if text is not None:
         from llmprune.perplexity import perplexity
 
         with clock.stage(f"eval {when}", f"perplexity {when}"):
             value = perplexity(model, tokenizer, text)
     if prompt is not None:
-        continuation = _continue(model, tokenizer, prompt)
-    return value, continuation
+        from llmprune.generation import continuation
 
-
-def _continue(model: Any, tokenizer: Any, prompt: str) -> str:
-    """What the model writes after ``prompt``, greedily, without the prompt."""
-    import torch
-
-    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if encoded["input_ids"].shape[1] == 0:
-        raise InputError("the prompt has no tokens: --generate needs at least one")
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        ids = model.generate(**encoded, max_new_tokens=GENERATED, do_sample=False, pad_token_id=padding)
-    whole: str = tokenizer.decode(ids[0], skip_special_tokens=True)
-    start: str = tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
-    return whole.removeprefix(start) if whole.startswith(start) else " ... " + whole
-
-
-def _check_file(path: Path | None, what: str) -> None:
-    if path is not None and not path.is_file():
-        raise InputError(f"{what} {path} {'is a folder' if path.is_dir() else 'does not exist'}: give a file")
+        written = continuation(model, tokenizer, prompt)
+    return value, written
 
 
 def _check_plan_file(path: Path | None) -> None:
@@ -347,19 +306,6 @@ def _check_plan_file(path: Path | None) -> None:
         raise InputError(f"the folder of {path} cannot be written to: give --save-plan another place")
 
 
-def _read_text(path: Path) -> str:
-    """A .txt file whole, or the texts of a .jsonl file parted by blank lines."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        return content
-    from llmprune.calibration import parse_rows
-
-    return "\n\n".join(parse_rows(content, path))
-
-
 # --- trace, verify, doctor --------------------------------------------------------------------------------------------
 
 
@@ -371,14 +317,14 @@ def _trace(options: argparse.Namespace) -> None:
 
     target = _explained(options.explain) if options.explain else None
     clock = Stages(announcer(bool(options.quiet)))
-    model, _ = _load(options.model, clock, options.trust_remote_code)
+    model, _ = load(options.model, clock, options.trust_remote_code)
     with clock.stage("trace", "recording one forward pass"):
         graph = trace(model)
     if target is not None:
         name, dim, index = target
         explanation = str(graph.explain(name, dim=dim, index=index))
         if options.json:
-            _print_json(
+            print_json(
                 {"parameter": name, "dim": dim, "index": index, "explanation": explanation.splitlines()}
             )
         else:
@@ -394,7 +340,7 @@ def _trace(options: argparse.Namespace) -> None:
             for s in graph.stacks
             if s.pinned
         ]
-        _print_json(
+        print_json(
             {
                 "kinds": axes_summary(graph),
                 "frozen": frozen,
@@ -427,24 +373,24 @@ def _verify(options: argparse.Namespace) -> None:
         from llmprune.plan import Plan
         from llmprune.verify import verify
 
-        _check_file(options.plan, "plan")
+        check_file(options.plan, "plan")
         plan = Plan.load(options.plan)
-        model, _ = _load(options.model, clock, options.trust_remote_code)
+        model, _ = load(options.model, clock, options.trust_remote_code)
         with clock.stage("verify", "comparing with the masked reference"):
             result: Any = verify(model, plan)
     else:
         from llmprune.recheck import recheck
 
-        model, _ = _load(options.model, clock, options.trust_remote_code)
+        model, _ = load(options.model, clock, options.trust_remote_code)
         original = (
-            None if options.original is None else _load(options.original, clock, options.trust_remote_code)[0]
+            None if options.original is None else load(options.original, clock, options.trust_remote_code)[0]
         )
         with clock.stage(
             "verify", "comparing with the original" if original is not None else "running the model"
         ):
             result = recheck(model, original)
     if options.json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         print(result)
 
@@ -454,7 +400,7 @@ def _doctor(options: argparse.Namespace) -> None:
 
     report = doctor(quiet=options.json)
     if options.json:
-        _print_json(report)
+        print_json(report)
 
 
 if __name__ == "__main__":

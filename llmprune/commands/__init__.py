@@ -1,0 +1,1 @@
+"""One module a command; :mod:`llmprune.cli` puts them together."""

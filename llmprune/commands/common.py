@@ -1,0 +1,77 @@
+"""What the commands share: the arguments of all that read a model, reading it, and printing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from llmprune.stages import Stages
+
+
+def command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
+    """A subcommand with what all that read a model share."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument(
+        "model", type=path_argument, metavar="MODEL_DIR", help="folder of a Hugging Face model"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run modeling code that the model's folder brings along",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def path_argument(text: str) -> Path:
+    """A path; an empty one (an unset variable of a script) would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def names_argument(text: str) -> tuple[str, ...]:
+    """Words parted by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON on stdout."""
+    json.dump(value, sys.stdout, indent=2)
+    print()
+
+
+def load(directory: Path, clock: Stages, trust: bool) -> tuple[Any, Any]:
+    """The model and its tokenizer (None where the folder has none)."""
+    from llmprune.checkpoint import load_model, load_tokenizer
+
+    with clock.stage("load", f"reading {directory}"):
+        return load_model(directory, trust_remote_code=trust), load_tokenizer(directory)
+
+
+def check_file(path: Path | None, what: str) -> None:
+    """Refuse a path that is no file; None passes."""
+    if path is not None and not path.is_file():
+        raise InputError(f"{what} {path} {'is a folder' if path.is_dir() else 'does not exist'}: give a file")
+
+
+def read_text(path: Path) -> str:
+    """A .txt file whole, or the texts of a .jsonl file parted by blank lines."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix != ".jsonl":
+        return content
+    from llmprune.calibration import parse_rows
+
+    return "\n\n".join(parse_rows(content, path))
