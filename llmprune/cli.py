@@ -77,9 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--ratio",
         type=_ratio,
-        default=0.2,
-        help="share of the parameters, or head=0.25,ffn=0.2 (%(default)s)",
+        help="share of the parameters to remove, or head=0.25,ffn=0.2 (0.2)",
     )
+    prune.add_argument(
+        "--params", metavar="N", help="in place of the ratio: parameters to be left, 5.4B or 0.8x"
+    )
+    prune.add_argument(
+        "--memory", metavar="N", help="or bytes of weights and, with --context, cache: 10GB, 10GiB or 0.8x"
+    )
+    prune.add_argument("--macs", metavar="N", help="or multiply-accumulates per token: 3.2G or 0.8x")
+    prune.add_argument("--context", type=int, metavar="N", help="for --memory: tokens in the cache")
+    prune.add_argument("--batch", type=int, metavar="N", help="for --memory: sequences in the cache (1)")
     prune.add_argument(
         "--importance",
         default="element1",
@@ -194,10 +202,11 @@ def _quieten() -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from llmprune.plan import check_choice
+    from llmprune.choice import check_choice
     from llmprune.prune import announcer, check_options, prune, save
     from llmprune.score import calibration_for, check_scoring
     from llmprune.stages import Stages
+    from llmprune.targets import ratio_of, target_of
 
     check_options(
         options.repair,
@@ -207,6 +216,10 @@ def _prune(options: argparse.Namespace) -> None:
         options.overwrite,
         options.form,
     )
+    target = target_of(
+        options.context, options.batch, params=options.params, memory=options.memory, macs=options.macs
+    )
+    options.ratio = ratio_of(options.ratio, target)
     wanted = tuple(options.ratio) if isinstance(options.ratio, dict) else options.kinds
     check_scoring(options.importance, options.aggregation, options.calibration, wanted)
     check_choice(
@@ -251,6 +264,11 @@ def _prune(options: argparse.Namespace) -> None:
         protect_last=options.protect_last,
         round_to=options.round_to,
         norms=options.norms,
+        params=options.params,
+        memory=options.memory,
+        macs=options.macs,
+        context=options.context,
+        batch=options.batch,
         scope=options.scope,
         seed=options.seed,
         repair=options.repair,

@@ -27,6 +27,7 @@ from llmprune.tape import LITERAL, TENSOR, Tape, arguments, leaves
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmprune.footprint import Footprint
     from llmprune.layers import Drop
     from llmprune.second_form import SecondForm
 
@@ -174,6 +175,7 @@ class Graph:
         self.fingerprint = fingerprint
         self.tied = dict(tied or {})
         self.second: SecondForm | None = None
+        self.footprint: Footprint | None = None
         ops = _with_literals(tape) if complete else tape.ops
         self._core = _core.Graph(tape.tensors, ops, tape.outputs, compile_rules(tape))
         self._ids: dict[str, int] = {}
@@ -214,6 +216,12 @@ class Graph:
             else:
                 shapes[name] = tuple(parameter.shape)
         return cls(tape, fingerprint=fingerprint_of(model), tied=tied, shapes=shapes)
+
+    def alongside(self, tape: Tape) -> Graph:
+        """The graph of another recording of the same model, for the sizes on it alone."""
+        return Graph(
+            tape, fingerprint=self.fingerprint, tied=self.tied, shapes=self.parameters, complete=False
+        )
 
     @cached_property
     def layers(self) -> list[LayerAxis]:
@@ -360,6 +368,10 @@ class Graph:
         each = self._core.macs_each(self._counts(removed))
         gone = [f"{scope}.".startswith(prefixes) for scope in self.tape.scopes]
         return int(sum(each[number] for number, op in enumerate(self.tape.ops) if not gone[op[4]]))
+
+    def tensor_of(self, name: str) -> int:
+        """The number on the tape of a parameter or buffer, by its canonical name."""
+        return self._ids[name]
 
     def dim_axes(self, tensor: int, dim: int) -> list[int]:
         """Ids of the axes in a dimension of a tensor on the tape."""
@@ -608,6 +620,7 @@ class Graph:
             "tied": self.tied,
             "shapes": {name: list(shape) for name, shape in self.parameters.items()},
             "frozen": {str(axis_id): reasons for axis_id, reasons in self._frozen_later.items()},
+            "footprint": None if self.footprint is None else self.footprint.to_json(),
         }
 
     @classmethod
@@ -627,6 +640,10 @@ class Graph:
                 tied=data["tied"],
                 shapes=data["shapes"],
             )
+            if data.get("footprint") is not None:
+                from llmprune.footprint import Footprint
+
+                graph.footprint = Footprint.from_json(data["footprint"])
             for axis_id, reasons in data["frozen"].items():
                 for reason in reasons:
                     graph.freeze(int(axis_id), reason)

@@ -6,16 +6,16 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llmprune.allocation import ALLOCATIONS, Budget, Candidate, layer_of, protected, rank
+from llmprune.allocation import Budget, Candidate, layer_of, protected, rank
 from llmprune.allocation import stacks as stacks_of
 from llmprune.atomic import write_file
+from llmprune.choice import KINDS, check_choice, check_norms
 from llmprune.closure import close
 from llmprune.equations import Attribute, System
 from llmprune.errors import InputError, PlanError
@@ -35,31 +35,16 @@ from llmprune.layer_choice import (
     without_branches,
 )
 from llmprune.layers import Drop, LayerAxis
-from llmprune.norms import NORMS, Norm, Rescale, rescales
+from llmprune.norms import Norm, Rescale, rescales
 from llmprune.scope import resolve, under
-from llmprune.sublayers import PARTS, Part, PartAxis, split
+from llmprune.sublayers import Part, PartAxis, split
+from llmprune.targets import Goal, Target, target_of
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
 
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
-
-KINDS = (
-    "head",
-    "query",
-    "ffn",
-    "channel",
-    "expert",
-    "layer",
-    *PARTS,
-    "head_dim",
-    "value_dim",
-    "rank",
-    "state",
-    "other",
-)
-"""Every kind an axis can have."""
 
 _FORMAT = 1
 
@@ -272,10 +257,16 @@ def plan(
     scope: str | None = None,
     seed: int = 0,
     norms: str = "rescaled",
+    params: float | str | None = None,
+    memory: float | str | None = None,
+    macs: float | str | None = None,
+    context: int | None = None,
+    batch: int | None = None,
 ) -> Plan:
     """Choose what to remove.
 
-    Either ``ratio`` (with ``scores``) or ``removed`` is given. The choice is deterministic: equal scores go by index.
+    One of ``ratio``, ``params``, ``memory``, ``macs`` (with ``scores``) and ``removed`` is given. The choice is
+    deterministic: equal scores go by index.
 
     Args:
         graph: the traced model.
@@ -300,6 +291,14 @@ def plan(
             epsilon are scaled, and the pruned model equals the original with the removed parameters set to zero.
             ``kept``: weight and epsilon stay, and it equals that model with the mean taken over the kept positions.
             Other norms are always as with ``kept``.
+        params: the most parameters the model may have left, a number or ``5.4B``; or ``0.8x``. Like every target in
+            place of a ratio it is kept, to within one group's size.
+        memory: the most bytes of weights, buffers and cache, a number or ``10GB``, ``10GiB``; or ``0.8x``.
+        macs: the most multiply-accumulates per token of the recorded pass (:meth:`Graph.macs`), a number or ``3.2G``;
+            or ``0.8x``.
+        context: for ``memory``, tokens of each sequence in the cache (of a graph traced with ``cache=True``); without
+            it weights and buffers alone count.
+        batch: for ``memory``, sequences in the cache; 1 by default.
 
     Returns:
         The plan, closed over ties: it may remove more than asked where sizes are tied, and never fewer.
@@ -308,9 +307,12 @@ def plan(
         InputError: an argument outside its domain.
         PlanError: an impossible demand, a frozen axis, or scores of another model.
     """
-    if (ratio is None) == (removed is None):
-        raise InputError("plan needs either a ratio (with scores) or explicit indices in removed, not both")
-    _check_norms(norms)
+    target = target_of(context, batch, params=params, memory=memory, macs=macs)
+    if [ratio, removed, target].count(None) != 2:
+        raise InputError(
+            "plan needs either a ratio or one target (with scores), or explicit indices in removed, not both"
+        )
+    check_norms(norms)
     axes = {axis.id: axis for axis in graph.axes}
     chosen: Chosen = {}
     system = System(graph.axes, _sources(graph))
@@ -327,7 +329,6 @@ def plan(
         chosen = check_blocks({key: removed[key] for key in removed if key in whole}, whole)
         wanted = _check_removed(graph, {key: removed[key] for key in removed if key not in whole})
     else:
-        assert ratio is not None
         check_choice(
             ratio,
             kinds=kinds,
@@ -338,7 +339,7 @@ def plan(
             norms=norms,
         )
         options |= {
-            "ratio": dict(ratio) if isinstance(ratio, Mapping) else float(ratio),
+            "ratio": dict(ratio) if isinstance(ratio, Mapping) else None if ratio is None else float(ratio),
             "kinds": list(ratio) if isinstance(ratio, Mapping) else list(kinds),
             "allocation": allocation,
             "protect_first": protect_first,
@@ -350,16 +351,13 @@ def plan(
             raise InputError(
                 "plan needs scores to choose by: llmprune.score(model, graph, calibration) makes them"
             )
-        wanted, chosen = _choose(graph, system, checked, options)
-    chosen = without_branches(graph, chosen)
-    drops = drops_of(graph, chosen)
+        if target is None:
+            wanted, chosen = _choose(graph, system, checked, options)
+        else:
+            wanted, chosen, options["target"] = _reach(graph, system, checked, options, target)
+    chosen, drops, wanted, counts, changed = _closed(graph, system, wanted, chosen)
     layers, parts = split(drops)
     prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
-    if prefixes:  # what goes with its block goes once
-        wanted = {axis: indices for axis, indices in wanted.items() if not _inside(axes[axis], prefixes)}
-    counts, changed = close(system, {axis: indices.shape[-1] for axis, indices in wanted.items()})
-    if prefixes:
-        counts = {axis: count for axis, count in counts.items() if not _inside(axes[axis], prefixes)}
     graph.check_choices(counts)
     final = {
         axis: _extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
@@ -390,6 +388,22 @@ def plan(
         sublayers=parts,
         rescaled=[by for _, by in scaled],
     )
+
+
+def _closed(
+    graph: Graph, system: System, wanted: Mapping[int, Indices], chosen: Chosen
+) -> tuple[Chosen, list[Drop | Part], dict[int, Indices], dict[int, int], dict[Any, Any]]:
+    """A choice with what it demands: blocks, as drops, the axes outside of them, the counts, attributes' values."""
+    axes = graph.axes
+    chosen = without_branches(graph, chosen)
+    drops = drops_of(graph, chosen)
+    prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
+    # What goes with its block goes once.
+    wanted = {key: gone for key, gone in wanted.items() if not (prefixes and _inside(axes[key], prefixes))}
+    counts, changed = close(system, {axis: indices.shape[-1] for axis, indices in wanted.items()})
+    if prefixes:
+        counts = {axis: count for axis, count in counts.items() if not _inside(axes[axis], prefixes)}
+    return chosen, drops, wanted, counts, changed
 
 
 def _inside(axis: Axis, prefixes: tuple[str, ...]) -> bool:
@@ -492,30 +506,81 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
     return out
 
 
-def _choose(
-    graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]
-) -> tuple[dict[int, Indices], Chosen]:
-    """Axis id -> indices to remove for a ratio, and stack id -> blocks to remove."""
-    ratio, scope = options["ratio"], options["scope"]
-    stacks: list[Stack] = []
-    depths = [kind for kind in DEPTHS if kind in options["kinds"]]
-    if depths:
-        stacks = candidates(
-            graph,
-            depths,
-            scores.flat,
-            scores.pinned,
-            options["protect_first"],
-            options["protect_last"],
-            lambda path: not scope or under(path, scope),
+def _reach(
+    graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any], target: Target
+) -> tuple[dict[int, Indices], Chosen, dict[str, Any]]:
+    """What to remove for a target, as :func:`_choose` has it, and what the plan says of the target."""
+    goal = Goal(graph, target)
+    weighed = goal.graph
+
+    def cost(choice: tuple[dict[int, Indices], Chosen]) -> int:
+        _, drops, _, counts, _ = _closed(weighed, system, *choice)
+        return weighed.numel(counts, drops)
+
+    floor = _floor(weighed, system, scores, options)
+    found = None
+    if floor is not None and floor <= goal.limit:
+        found = goal.reach(lambda freed: _choose(weighed, system, scores, options, freed), cost)
+    if found is None:
+        loose: dict[str, dict[str, Any]] = {
+            "protect_first and protect_last": {"protect_first": 0, "protect_last": 0},
+            "scope": {"scope": None},
+            "round_to": {"round_to": 1},
+            "kinds": {"kinds": [kind for kind in KINDS if kind in options["kinds"] or kind not in DEPTHS]},
+        }
+        relaxed = {name: _floor(weighed, system, scores, {**options, **new}) for name, new in loose.items()}
+        raise goal.refuse(
+            goal.before if floor is None else floor,
+            {name: least for name, least in relaxed.items() if least is not None and least != floor},
         )
+    per = goal.per
+    told = {**target.to_json(), "before": goal.before / per, "limit": goal.limit / per}
+    return *found, {**told, "reached": cost(found) / per}
+
+
+def _floor(graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]) -> int | None:
+    """What is left when all goes that may go under the options; None where nothing may, or it cannot be told."""
+    try:
+        chosen = {stack.axis.id: sorted(stack.order) for stack in _stacks(graph, scores, options)}
+        drops = drops_of(graph, without_branches(graph, chosen))
+        narrow = set(options["kinds"]) - set(DEPTHS)
+        found = _candidates(graph, scores, options, drops) if narrow else []
+        most = {c.axis: int(steps[-1]) for c in found if len(steps := c.removals())}
+        return graph.numel(close(system, most)[0], drops)
+    except PlanError:
+        return None
+
+
+def _stacks(graph: Graph, scores: _Checked, options: Mapping[str, Any]) -> list[Stack]:
+    """The stacks that may lose blocks under the options."""
+    depths, scope = [kind for kind in DEPTHS if kind in options["kinds"]], options["scope"]
+    if not depths:
+        return []
+    return candidates(
+        graph,
+        depths,
+        scores.flat,
+        scores.pinned,
+        options["protect_first"],
+        options["protect_last"],
+        lambda path: not scope or under(path, scope),
+    )
+
+
+def _choose(
+    graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any], freed: int | None = None
+) -> tuple[dict[int, Indices], Chosen]:
+    """Axis id -> indices to remove for a ratio or a cost to free, and stack id -> blocks to remove."""
+    ratio = options["ratio"]
+    stacks = _stacks(graph, scores, options)
     if isinstance(ratio, dict):
         chosen = share(stacks, ratio)
         narrower = set(ratio) - set(DEPTHS)
         found = _candidates(graph, scores, options, drops_of(graph, chosen)) if narrower else []
         return _indices(found, {c.axis: c.share(ratio[c.kind]) for c in found}), chosen
     total = graph.numel({})
-    target = round(ratio * total)
+    target = round(ratio * total) if freed is None else freed
+    ratio = target / total if freed is not None else ratio
     if not stacks:
         found = _candidates(graph, scores, options)
         return _indices(found, Budget(graph, system, found, options["allocation"]).solve(target)), {}
@@ -551,63 +616,6 @@ def _choose(
 
 def _indices(found: Sequence[Candidate], counts: Mapping[int, int]) -> dict[int, Indices]:
     return {c.axis: c.choose(counts[c.axis]) for c in found if counts.get(c.axis)}
-
-
-def check_choice(
-    ratio: float | Mapping[str, float],
-    *,
-    kinds: Sequence[str] = ("head", "ffn"),
-    allocation: str = "uniform",
-    protect_first: int | None = None,
-    protect_last: int | None = None,
-    round_to: int = 1,
-    norms: str = "rescaled",
-) -> None:
-    """Refuse what :func:`plan` refuses of these arguments for any graph, before anybody pays for a graph and scores.
-
-    Raises:
-        InputError: an argument outside its domain.
-    """
-    check_kinds(list(ratio) if isinstance(ratio, Mapping) and not isinstance(kinds, str) else kinds)
-    if isinstance(ratio, Mapping):
-        for kind, share in ratio.items():
-            if not isinstance(share, Real) or not 0 <= share < 1:
-                raise InputError(f"the share of {kind} to remove must lie in [0, 1), not {share!r}")
-    elif not isinstance(ratio, Real):
-        raise InputError(f"ratio must be a number, or a mapping from kinds to numbers, not {ratio!r}")
-    elif not 0 < ratio < 1:
-        raise InputError(f"ratio must lie strictly between 0 and 1, not {ratio}")
-    if allocation not in ALLOCATIONS:
-        raise InputError(f"unknown allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
-    if not isinstance(ratio, Mapping) and "layer" in kinds and set(kinds) & set(PARTS):
-        raise InputError(
-            "whole layers and parts of layers compete for one ratio: give a share for each of these kinds, as in "
-            "{'layer': 0.1, 'attention': 0.2}"
-        )
-    _check_norms(norms)
-    for name, value, least in (
-        ("protect_first", protect_first, 0),
-        ("protect_last", protect_last, 0),
-        ("round_to", round_to, 1),
-    ):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
-
-
-def check_kinds(kinds: Sequence[str]) -> None:
-    """Raise InputError unless these are kinds of axes, one at least."""
-    if isinstance(kinds, str):
-        raise InputError(f"kinds must be a sequence of names like ({kinds!r},), not the string {kinds!r}")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")
-    if not list(kinds):
-        raise InputError(f"no kind of axis to prune was named: the kinds are {', '.join(KINDS)}")
-
-
-def _check_norms(norms: str) -> None:
-    if norms not in NORMS:
-        raise InputError(f"unknown treatment of norms {norms!r}: there are {' and '.join(NORMS)}")
 
 
 def _candidates(

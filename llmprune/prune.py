@@ -48,7 +48,9 @@ class Report:
     Attributes:
         model: class name of the model.
         before, after: its :class:`Size`.
-        ratio: what was asked for: a share of the parameters, or kind -> share of its groups.
+        ratio: what was asked for: a share of the parameters, or kind -> share of its groups; None for a target.
+        target: what was asked for instead, with what was reached (``kind``, ``asked``, ``limit``, ``before``,
+            ``reached``, ...; :class:`llmprune.targets.Target`).
         plan: the :class:`llmprune.plan.Plan` that was applied.
         verification: the comparison with the masked reference; None if it was switched off.
         repair: what the repair found; None if there was none.
@@ -67,7 +69,7 @@ class Report:
     model: str
     before: Size
     after: Size
-    ratio: float | dict[str, float]
+    ratio: float | dict[str, float] | None
     plan: Plan
     verification: Verification | None
     stages: list[Stage]
@@ -75,6 +77,7 @@ class Report:
     aggregation: str
     seed: int
     calibration_hash: str | None
+    target: dict[str, Any] | None = None
     repair: Repair | None = None
     notes: list[str] = field(default_factory=list)
     unknown_operations: dict[str, int] = field(default_factory=dict)
@@ -99,6 +102,7 @@ class Report:
         return {
             "model": self.model,
             "ratio": {"asked": self.ratio, "parameters": self.removed},
+            "target": self.target,
             "before": asdict(self.before),
             "after": asdict(self.after),
             "axes": [{"axis": axis, **summary} for axis, summary in self.plan.axes.items()],
@@ -128,7 +132,7 @@ class Report:
 def prune(
     model: nn.Module,
     tokenizer: Any = None,
-    ratio: float | Mapping[str, float] = 0.2,
+    ratio: float | Mapping[str, float] | None = None,
     calibration: Any = None,
     importance: str = "element1",
     aggregation: str = "sum",
@@ -141,6 +145,11 @@ def prune(
     scope: str | None = None,
     seed: int = 0,
     norms: str = "rescaled",
+    params: float | str | None = None,
+    memory: float | str | None = None,
+    macs: float | str | None = None,
+    context: int | None = None,
+    batch: int | None = None,
     inputs: Mapping[str, Any] | None = None,
     repair: str = "auto",
     repair_calibration: Any = None,
@@ -159,7 +168,8 @@ def prune(
     Args:
         model: any model that :func:`llmprune.trace` can trace, with its weights.
         tokenizer: for calibration texts, and saved with the model.
-        ratio: share of the parameters to remove, or kind -> share of that kind's groups in every layer.
+        ratio: share of the parameters to remove, or kind -> share of that kind's groups in every layer; 0.2 where no
+            target is given in its place.
         calibration: as for :func:`llmprune.score`; not needed for ``l1``, ``l2`` and ``random``.
         importance: ``vector``, ``element1``, ``element2``, ``obs``, ``fluctuation``, ``activation``, ``l1``, ``l2``,
             ``random``, or ``block_influence`` (with ``kinds=("layer",)`` and parts of layers).
@@ -173,6 +183,11 @@ def prune(
         scope: path of a module, or the end of just one (``vision_tower``); only what lies under it may give.
         seed: of the importance ``random``.
         norms: ``rescaled`` or ``kept``, as for :func:`llmprune.plan`.
+        params: a target in place of the ratio, as for :func:`llmprune.plan`: the most parameters to be left.
+        memory: the most bytes of weights, buffers and cache.
+        macs: the most multiply-accumulates per token.
+        context: for ``memory``, tokens of each sequence in the cache.
+        batch: for ``memory``, sequences in the cache.
         inputs: as for :func:`llmprune.trace`.
         repair: ``ls`` gives what stays new weights by least squares (:mod:`llmprune.repair`), ``none`` leaves them;
             ``auto`` is ``ls`` wherever there are calibration data.
@@ -192,15 +207,18 @@ def prune(
         InputError: an argument outside its domain.
         LlmpruneError: what the single steps raise.
     """
+    from llmprune.choice import check_choice
     from llmprune.compact import compact
-    from llmprune.plan import check_choice
     from llmprune.plan import plan as make_plan
     from llmprune.repair import repair as repair_plan
     from llmprune.score import check_scoring, long_calibration, score
+    from llmprune.targets import ratio_of, target_of
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
 
     check_options(repair, repair_calibration, calibration, output, overwrite, form)
+    target = target_of(context, batch, params=params, memory=memory, macs=macs)
+    ratio = ratio_of(ratio, target)
     wanted = tuple(ratio) if isinstance(ratio, Mapping) else kinds
     check_scoring(importance, aggregation, calibration, wanted)
     check_choice(
@@ -215,7 +233,7 @@ def prune(
     clock = Stages(announcer(quiet)) if stages is None else stages
     bytes_before = model_bytes(model)
     with clock.stage("trace", "recording one forward pass"):
-        graph = trace(model, inputs)
+        graph = trace(model, inputs, cache=bool(context))
         scope = resolve(graph.parameters, scope) if scope else None
     with clock.stage("score", f"scoring coupled groups by {importance}"):
         scores = score(
@@ -242,14 +260,19 @@ def prune(
             scope=scope,
             seed=seed,
             norms=norms,
+            params=params,
+            memory=memory,
+            macs=macs,
+            context=context,
+            batch=batch,
         )
     repaired = None
     if repair != "none" and (calibration is not None or repair_calibration is not None):
         with clock.stage("repair", "fitting what stays to what goes, by least squares"):
-            batch = long_calibration(
+            data = long_calibration(
                 model, calibration if repair_calibration is None else repair_calibration, tokenizer
             )
-            repaired = repair_plan(model, plan, batch)
+            repaired = repair_plan(model, plan, data)
     weights = None if repaired is None else repaired.weights
     verification = None
     if verify:
@@ -273,6 +296,7 @@ def prune(
         aggregation=aggregation,
         seed=seed,
         calibration_hash=scores.calibration_hash,
+        target=plan.options.get("target"),
         repair=repaired,
         notes=list(graph.tape.notes),
         unknown_operations=graph.unknown_operations,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from llmprune.borrow import borrowed, keep_blocks, stand_in, substitute_integers, substitute_tensors
 from llmprune.compact import gather, set_attributes
@@ -38,6 +39,7 @@ class Setup:
         blocks: lists of blocks to run in part: path -> positions that stay.
         kept: parameters and buffers to run cut: name -> dimension -> kept positions.
         attributes: module attributes to set, as :func:`llmprune.compact.set_attributes` takes them.
+        cache: whether generation's cache is filled, and noted in :attr:`Tape.cached`.
     """
 
     meta: bool = True
@@ -45,6 +47,7 @@ class Setup:
     blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
     attributes: Sequence[Any] = ()
+    cache: bool = False
 
 
 def find_outputs(result: Any) -> list[torch.Tensor]:
@@ -77,6 +80,19 @@ def _leaves(value: Any) -> Iterator[torch.Tensor]:
             yield from _leaves(item)
 
 
+def cached_tensors(value: Any) -> Iterator[tuple[torch.Tensor, int]]:
+    """The tensors that a cache of the transformers library holds, each with the most tokens it keeps (-1: all)."""
+    if isinstance(value, EncoderDecoderCache):
+        yield from cached_tensors(value.self_attention_cache)
+        yield from cached_tensors(value.cross_attention_cache)
+    elif isinstance(value, Cache):
+        for layer in value.layers:
+            for held in vars(layer).values():
+                for tensor in _leaves(held):
+                    if tensor.dim() > 0:
+                        yield tensor, int(layer.get_max_length())
+
+
 class Recording:
     """Runs a model once and writes the tape.
 
@@ -93,10 +109,11 @@ class Recording:
         self.meta = meta = setup.meta
         attention = setup.attention
         self.changes: dict[str, Any] = {
-            "use_cache": False,
             "return_dict": True,
             "_experts_implementation": "batched_mm",
         }
+        if not setup.cache:
+            self.changes["use_cache"] = False
         if attention is not None:
             self.changes["_attn_implementation"] = attention
         self.tape = Tape(model=type(model).__name__, device_mode="meta" if meta else "real")
@@ -194,7 +211,7 @@ class Recording:
         inputs = {name: self._input(value, name) for name, value in self.inputs.items()}
         parameters = inspect.signature(self.model.forward).parameters
         if "use_cache" in parameters:
-            inputs["use_cache"] = False
+            inputs["use_cache"] = self.setup.cache
         with self._scopes(), self.sizes, self.recorder:
             result = self.model(**inputs)
         known = self.recorder.numbered
@@ -203,6 +220,16 @@ class Recording:
             raise TraceError(
                 f"the forward pass of {self.tape.model} returned no tensor that an operation made"
             )
+        if self.setup.cache:
+            self._note_cache(result)
+
+    def _note_cache(self, result: Any) -> None:
+        """Write down the tensors that generation would keep of this pass."""
+        for value in result.values() if isinstance(result, Mapping) else ():
+            for tensor, limit in cached_tensors(value):
+                number = self.recorder.numbered(tensor)
+                if number >= 0:
+                    self.tape.cached.append([number, limit, tensor.element_size()])
 
     def _input(self, value: Any, name: str) -> Any:
         """An input on the device of the pass, numbered."""

@@ -54,6 +54,9 @@ def render(report: Report) -> str:
         ["MACs per token", quantity(before.macs), quantity(after.macs), _change(before.macs, after.macs)],
         ["size", memory(before.bytes), memory(after.bytes), _change(before.bytes, after.bytes)],
     ]
+    if report.target is not None and report.target["kind"] == "memory" and report.target["context"]:
+        whole, left = report.target["before"], report.target["reached"]
+        rows.append(["size with cache", memory(whole), memory(left), _change(whole, left)])
     if report.perplexity is not None:
         dense, pruned = report.perplexity
         rows.append(["perplexity", f"{dense:.2f}", f"{pruned:.2f}", _change(dense, pruned)])
@@ -70,7 +73,7 @@ def render(report: Report) -> str:
     stages += [[stage.name, f"{stage.seconds:.2f}", memory(stage.peak)] for stage in report.stages]
     parts = [
         f"{report.model} pruned by {report.importance} ({report.aggregation}): {report.removed:.2%} of its parameters "
-        f"removed, {_asked(report.ratio)} asked",
+        f"removed, {_asked(report)} asked",
         table(rows),
         table(groups),
         table(stages),
@@ -105,10 +108,12 @@ def unknown(operations: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _asked(ratio: float | dict[str, float]) -> str:
-    if isinstance(ratio, dict):
-        return ", ".join(f"{share:.0%} of {kind}" for kind, share in ratio.items())
-    return f"{ratio:.2%}"
+def _asked(report: Report) -> str:
+    if report.target is not None:
+        return f"{report.target['kind']} {report.target['asked']}"
+    if isinstance(report.ratio, dict):
+        return ", ".join(f"{share:.0%} of {kind}" for kind, share in report.ratio.items())
+    return f"{report.ratio:.2%}"
 
 
 def axes_summary(graph: Any) -> list[dict[str, Any]]:

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from llmprune.activation_scores import activation_scores
 from llmprune.atomic import write_file
 from llmprune.calibration import LENGTH, LONG_LENGTH, LONG_SAMPLES, SAMPLES, Batch, load_calibration
+from llmprune.choice import check_kinds
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance, lookup
 from llmprune.layer_choice import DEPTHS
 from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
 from llmprune.layers import LayerAxis
 from llmprune.loss import SampleLosses, UserLoss, config_value
-from llmprune.plan import check_kinds
 from llmprune.reduction import Reducer, Sums
 from llmprune.streaming import streamed_sums, undisturbed
 from llmprune.verify import experts_computed_by

@@ -50,6 +50,8 @@ class Tape:
             arguments (:mod:`llmprune.rules`).
         norms: root-mean-square norms among the modules, as fields of :class:`llmprune.norms.Norm`.
         notes: what the recording had to do (fallbacks), for the report.
+        cached: ``[tensor_id, most tokens it keeps or -1, bytes per element]`` of what generation would keep of this
+            pass; of a recording with the cache on only.
     """
 
     tensors: list[list[Any]] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Tape:
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)
     norms: list[list[Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cached: list[list[int]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The tape as a JSON object."""

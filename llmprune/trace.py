@@ -14,6 +14,7 @@ from torch import nn
 from llmprune.blocks import Excerpt, find_excerpt
 from llmprune.borrow import no_collection
 from llmprune.errors import InputError, TraceError
+from llmprune.footprint import footprint_of
 from llmprune.graph import Graph
 from llmprune.inputs import example_inputs
 from llmprune.norms import find_norms
@@ -29,7 +30,7 @@ OTHER_FORM = {"sdpa": "eager", "eager": "sdpa"}
 
 
 @on_uncompiled
-def trace(model: nn.Module, inputs: Any = None) -> Graph:
+def trace(model: nn.Module, inputs: Any = None, *, cache: bool = False) -> Graph:
     """Find out which slices of which tensors of ``model`` live and die together.
 
     Runs the forward pass once, on the meta device where that will do, and changes nothing about the model.
@@ -38,6 +39,8 @@ def trace(model: nn.Module, inputs: Any = None) -> Graph:
         model: any module whose forward pass is made of torch operations; on any device, meta included. Compiled parts
             run eagerly, hooks that are not torch's own are left out.
         inputs: keyword arguments for ``model.forward`` (tensors of any device); None: made from the model's config.
+        cache: whether to look at what the model keeps while generating as well (:mod:`llmprune.footprint`), which a
+            target of memory with a context needs; three more recordings.
 
     Raises:
         TraceError: the model cannot be traced; says at which operation, module and line.
@@ -51,6 +54,7 @@ def trace(model: nn.Module, inputs: Any = None) -> Graph:
         tape.norms = find_norms(model, tape)
         graph = Graph.from_tape(tape, model)
         _try_cuts(model, keywords, graph, excerpt)
+        graph.footprint = footprint_of(model, cache)
     return graph
 
 

@@ -80,6 +80,27 @@ def test_json_goes_to_stdout_alone(folder: Path, capsys: pytest.CaptureFixture[s
     assert [stage["name"] for stage in data["stages"]][:2] == ["load", "trace"]
 
 
+def test_a_target_in_place_of_the_ratio(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "prune",
+        folder,
+        "--memory",
+        "0.9x",
+        "--context",
+        32,
+        "--batch",
+        2,
+        "--importance",
+        "l1",
+        "--json",
+    ]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    target = json.loads(out)["target"]
+    assert (target["kind"], target["context"], target["batch"]) == ("memory", 32, 2)
+    assert 0.8 * target["before"] < target["reached"] <= target["limit"] == int(0.9 * target["before"])
+
+
 def test_ratios_by_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "prune",
@@ -142,6 +163,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         (["prune", "{tmp}/taken", "--importance", "l1"], "taken"),
         (["prune", "{folder}", "--importance", "l1", "--kinds", "wheel"], "wheel"),
         (["prune", "{folder}", "--importance", "l1", "--repair", "ls"], "needs calibration"),
+        (["prune", "{folder}", "--importance", "l1", "--params", "few"], "params is a number like 5.4B"),
+        (["prune", "{folder}", "--importance", "l1", "--memory", "1kB"], "the nearest that can is"),
+        (["prune", "{folder}", "--importance", "l1", "--macs", "0.5x", "--ratio", "0.2"], "give one of them"),
         (["trace", "{folder}", "--explain", "nonsense"], "PARAM:DIM:INDEX"),
         (["trace", "{folder}", "--explain", "no.weight:0:1"], "no parameter"),
         (["trace", "{folder}", "--explain", "model.norm.weight:0:99"], "position 99 is outside"),
