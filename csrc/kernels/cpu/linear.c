@@ -15,8 +15,8 @@
 
 enum {
     BLOCK_TOKENS = 768,     /* tokens packed at a time */
-    BLOCK_DY = 768 * 96,    /* reals of packed dy: 288 KiB of floats */
-    BLOCK_OUT_MAX = 192,    /* output features of a block, when there are few tokens */
+    BLOCK_DY = 768 * 192,   /* reals of packed dy: 576 KiB of floats; half, where states need the room */
+    BLOCK_OUT_MAX = 384,    /* output features of a block, when there are few tokens */
     GROUP_COLUMNS = 256,    /* input features whose states are kept between passes over the tokens */
     ROW_PIECES = 16,        /* pieces of the output features, */
     COLUMN_PIECES = 4,      /* and of the input features where each still has */
@@ -223,7 +223,8 @@ static void plan_blocks(job *j)
         j->block_tokens = ceil_div(j->sample_tokens, per_sample);
         j->passes = ceil_div(j->sample_tokens, j->block_tokens) * j->sample_count;
     }
-    j->block_out = at_most(BLOCK_DY / j->block_tokens, BLOCK_OUT_MAX) / tile->rows * tile->rows;
+    j->block_out = at_most(BLOCK_DY / j->block_tokens, BLOCK_OUT_MAX) / (j->passes > 1 ? 2 : 1);
+    j->block_out = j->block_out / tile->rows * tile->rows;
     j->block_out = at_most(j->block_out, round_up(j->out, tile->rows));
     j->out_blocks = ceil_div(j->out, j->block_out);
     j->panels = ceil_div(j->in, tile->columns);

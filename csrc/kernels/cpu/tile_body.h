@@ -59,20 +59,20 @@ static void TILE_NAME(pack_x)(void *target, const void *source, lp_dtype dtype, 
 static void TILE_NAME(pack_dy)(void *target, const void *source, lp_dtype dtype, size_t stride, size_t tokens,
                                size_t columns)
 {
-    size_t width = lp_dtype_width(dtype);
+    size_t width = lp_dtype_width(dtype), whole = columns / TILE_ROWS, rest = columns % TILE_ROWS;
+    const char *from = source;
+    TILE_REAL *to = target;
 
-    for (size_t first = 0; first < columns; first += TILE_ROWS) {
-        size_t count = columns - first < TILE_ROWS ? columns - first : TILE_ROWS;
-        const char *from = (const char *)source + first * width;
-        TILE_REAL *to = (TILE_REAL *)target + first * tokens;
+    /* Token by token, so that a line of memory is read once: the tiles are as many streams of writes. */
+    for (size_t t = 0; t < tokens; t++, from += stride * width, to += TILE_ROWS) {
+        const char *part = from;
+        TILE_REAL *tile = to;
 
-        for (size_t t = 0; t < tokens; t++, from += stride * width, to += TILE_ROWS) {
-            if (count == TILE_ROWS) {
-                TILE_NAME(convert)(to, from, dtype, TILE_ROWS);
-            } else {
-                TILE_NAME(convert)(to, from, dtype, count);
-                memset(to + count, 0, (TILE_ROWS - count) * sizeof *to);
-            }
+        for (size_t k = 0; k < whole; k++, part += TILE_ROWS * width, tile += TILE_ROWS * tokens)
+            TILE_NAME(convert)(tile, part, dtype, TILE_ROWS);
+        if (rest > 0) {
+            TILE_NAME(convert)(tile, part, dtype, rest);
+            memset(tile + rest, 0, (TILE_ROWS - rest) * sizeof *tile);
         }
     }
 }
