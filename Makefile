@@ -9,12 +9,12 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 export OMP_NUM_THREADS ?= 2
 
-PY_SOURCES := setup.py llmprune tests $(wildcard demo benchmarks)
+PY_SOURCES := setup.py llmprune tests $(wildcard demo benchmarks docs/*.py)
 C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/cuda/*.[ch] csrc/binding/*.[ch] \
                          csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch])
 CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench architectures cuda cuda-test clean
+.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench architectures docs cuda cuda-test clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -25,6 +25,7 @@ help:
 	@echo "make pytest    the Python tests (ARGS=... goes to pytest)"
 	@echo "make bench     every benchmark; results in benchmarks/results"
 	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
+	@echo "make docs      the documentation as pages, every warning an error; the result is build/site/index.html"
 	@echo "make cuda      build the CUDA kernels for every target, without a GPU; skipped where there is no nvcc"
 	@echo "make cuda-test on a machine with a GPU: build with its own Python and toolkit, test, and run the sanitizers"
 	@echo "make clean     remove what was built, but not .venv"
@@ -79,6 +80,10 @@ bench: $(EXTENSION)
 
 architectures: $(EXTENSION)
 	$(BIN)/python benchmarks/architectures.py --jobs $(JOBS) $(ARGS)
+
+docs: $(EXTENSION)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 # `cuda` needs no GPU: it compiles for every target and asks the module what it finds.  cuBLAS' headers and library come from
