@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmprune.checkpoint import from_pretrained, save_pretrained
     from llmprune.compact import compact
     from llmprune.doctor import doctor
+    from llmprune.evaluate import Evaluation, evaluate
     from llmprune.graph import Axis, Graph, Member
     from llmprune.plan import Plan, plan
     from llmprune.prune import Report, prune
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axis",
+    "Evaluation",
     "Graph",
     "Member",
     "Plan",
@@ -45,6 +47,7 @@ __all__ = [
     "compact",
     "doctor",
     "errors",
+    "evaluate",
     "from_pretrained",
     "plan",
     "prune",
@@ -57,6 +60,7 @@ __all__ = [
 
 _HOME = {
     "Axis": "graph",
+    "Evaluation": "evaluate",
     "Graph": "graph",
     "Member": "graph",
     "Plan": "plan",
@@ -66,6 +70,7 @@ _HOME = {
     "Verification": "verify",
     "compact": "compact",
     "doctor": "doctor",
+    "evaluate": "evaluate",
     "from_pretrained": "checkpoint",
     "plan": "plan",
     "prune": "prune",

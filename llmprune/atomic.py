@@ -110,8 +110,8 @@ def flush(folder: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint, of whatever kind."""
-    return (folder / "config.json").is_file()
+    """Whether a folder looks like a checkpoint, of whatever kind (an adapter is one)."""
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | trace | verify | doctor``.
+"""The command line: ``llmprune prune | trace | verify | evaluate | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
+from llmprune.commands import evaluate
 from llmprune.commands.common import (
     check_file,
     command,
@@ -167,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--original", type=path_argument, metavar="DIR", help="what the pruned MODEL_DIR was made from"
     )
+
+    evaluate.register(commands)
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
     doctor.add_argument("--json", action="store_true", help="print JSON")

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from llmprune import universal
+from llmprune import adapters, universal
 from llmprune.errors import CheckpointError
 from llmprune.record import Compaction, config_snapshot
 from llmprune.shards import DTYPES, find_tensors, read_json
@@ -41,10 +41,11 @@ def load_model(
     """Load a model from a checkpoint folder, pruned by llmprune or not.
 
     A pruned one carries its record again (``model.llmprune``), so that it can be pruned further. llmprune's own
-    universal form needs no remote code: the class is built here, the modeling file in the folder is not run.
+    universal form needs no remote code: the class is built here, the modeling file in the folder is not run. An adapter
+    of PEFT is merged into the base model that it names.
 
     Args:
-        directory: a local folder with ``config.json`` and safetensors weights.
+        directory: a local folder with ``config.json`` and safetensors weights, or an adapter's.
         dtype: dtype of the parameters; ``auto`` takes the checkpoint's.
         attn_implementation: as in transformers' ``from_pretrained``.
         trust_remote_code: run modeling code that the folder brings along, where transformers has no such model.
@@ -57,6 +58,14 @@ def load_model(
             quantised, missing or not finite; the model needs code that may not be run.
     """
     folder = Path(directory)
+    if adapters.is_adapter(folder):
+        base = load_model(
+            adapters.base_folder(folder),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        return adapters.merged(base, folder).eval()
     values = _read_config(folder)
     kinds = {name: place.kind for name, place in find_tensors(folder).items()}
     kind, own = _model_class(folder, values, trust_remote_code)
@@ -87,7 +96,7 @@ from_pretrained = load_model
 
 
 def load_tokenizer(directory: str | Path) -> Any | None:
-    """The tokenizer of a checkpoint folder; None where it has none.
+    """The tokenizer of a checkpoint folder; None where it has none (an adapter without one has its base model's).
 
     Raises:
         CheckpointError: its files cannot be read.
@@ -98,7 +107,7 @@ def load_tokenizer(directory: str | Path) -> Any | None:
         and not any(folder.glob("vocab*"))
         and not any(folder.glob("*.model"))
     ):
-        return None
+        return load_tokenizer(adapters.base_folder(folder)) if adapters.is_adapter(folder) else None
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from llmprune.atomic import is_checkpoint
 from llmprune.errors import InputError
 from llmprune.scope import resolve
 from llmprune.stages import Stage, Stages
@@ -356,11 +357,11 @@ def check_options(
     if repair == "none" and repair_calibration is not None:
         raise InputError("repair calibration is given, but repair is 'none': leave one of them out")
     if output is not None:
-        _check_output(Path(output), overwrite)
+        check_output(Path(output), overwrite)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Raise InputError for a folder that cannot be written in the end."""
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise InputError for an output folder that cannot be written in the end."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} exists and is no folder: choose another output folder")
     if output.is_dir() and any(output.iterdir()):
@@ -368,7 +369,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
             raise InputError(
                 f"{output} exists: choose another output folder, or overwrite it with --overwrite"
             )
-        if not (output / "config.json").is_file():
+        if not is_checkpoint(output):
             raise InputError(
                 f"{output} holds no checkpoint, so it is not overwritten: choose another output folder"
             )

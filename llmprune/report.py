@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmprune.evaluate import Evaluation
     from llmprune.prune import Report
 
 
@@ -176,3 +177,66 @@ def render_axes(graph: Any, frozen: bool) -> str:
         ]
     lines += [f"note: {note}" for note in (*unknown(graph.unknown_operations), *graph.tape.notes)]
     return "\n".join(lines)
+
+
+def render_evaluation(result: Evaluation) -> str:
+    """The tables of ``llmprune evaluate``."""
+    rows = [["what", "figure"], ["parameters", f"{result.parameters:,}"]]
+    if result.macs is not None:
+        rows.append(["MACs per token", quantity(result.macs)])
+    rows.append(["weights", memory(result.memory["weights"])])
+    if result.latency is not None:
+        rows.append(["KV cache per token", memory(result.memory["kv_cache_per_token"])])
+        rows.append(["peak memory", memory(result.memory["peak"])])
+        prefill, decode = result.latency["prefill"], result.latency["decode"]
+        rows.append([f"prefill of {result.latency['prompt']} tokens", _timing(prefill)])
+        if decode is not None:
+            rows.append(["decode of a token", _timing(decode)])
+    parts = [f"{result.model}", table(rows)]
+    if result.texts:
+        scores = [["text", "perplexity", "bits/character", "tokens", "window", "stride"]]
+        scores += [
+            [
+                name,
+                f"{score['perplexity']:.4g}",
+                f"{score['bits_per_character']:.4g}",
+                f"{score['tokens']:,}",
+                str(score["window"]),
+                str(score["stride"]),
+            ]
+            for name, score in result.texts.items()
+        ]
+        parts.append(table(scores))
+    if result.tasks:
+        figures = [["task", "metric", "value", "error", "averaged"]]
+        for task, metrics in result.tasks.items():
+            figures += [
+                [
+                    task,
+                    metric,
+                    f"{value:.4f}",
+                    f"{metrics.get(metric + '_stderr', float('nan')):.4f}",
+                    "*" if result.chosen.get(task) == metric else "",
+                ]
+                for metric, value in metrics.items()
+                if isinstance(value, float) and not metric.endswith("_stderr")
+            ]
+        if result.average is not None:
+            figures.append(["average", "", f"{result.average:.4f}", "", "*"])
+        parts.append(table(figures))
+    for sample in result.generation:
+        lines = [f"prompt: {sample['prompt']}", f"text:   {sample['text']}"]
+        if "beside" in sample:
+            lines.append(f"beside: {sample['beside']}")
+        parts.append("\n".join(lines))
+    if result.notes:
+        parts.append("\n".join(result.notes))
+    return "\n\n".join(parts)
+
+
+def _timing(timing: Mapping[str, Any]) -> str:
+    low, high = timing["quartiles"]
+    return (
+        f"{timing['median'] * 1e3:.3g} ms ({low * 1e3:.3g} to {high * 1e3:.3g}), "
+        f"{timing['tokens_per_second']:,.0f} tokens/s"
+    )
