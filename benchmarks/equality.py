@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 KINDS = ("head", "ffn")
 INDEX = 1
-PEER_SECONDS = 20
+PEER_SECONDS = 30
 
 
 def build(family: str, attention: str) -> nn.Module:
