@@ -31,7 +31,8 @@ from llmprune.errors import CalibrationError
 from llmprune.loss import logits_of
 
 if TYPE_CHECKING:
-    from llmprune.graph import Axis
+    from llmprune.apart import Around
+    from llmprune.graph import Axis, Graph
 
 RIDGE = 0.01
 """Added to the Gram matrix, in units of its mean diagonal."""
@@ -60,8 +61,9 @@ class _Moments:
 
 def activation_scores(
     model: nn.Module,
+    graph: Graph,
     axes: Sequence[Axis],
-    outer: Mapping[int, Axis],
+    outer: Mapping[int, Around],
     batch: Batch,
     name: str,
     batch_size: int | None,
@@ -71,8 +73,10 @@ def activation_scores(
 
     Args:
         model: the model, lent out with gradients off.
+        graph: its graph.
         axes: the axes to score.
-        outer: axis id -> the axis it is nested in and may be cut apart for each index of.
+        outer: axis id -> what lies around it, for the indices of which it may be cut apart. A slice of a stack that saw
+            no token has the scores of the whole axis.
         batch: calibration samples.
         name: ``obs``, ``fluctuation`` or ``activation``.
         batch_size: samples that run at a time; None: all.
@@ -120,8 +124,19 @@ def activation_scores(
         if not consumers:
             continue
         flat[axis.id] = _SCORES[name](consumers)
-        if axis.id in outer:
-            around = outer[axis.id]
+        if axis.id in outer and outer[axis.id].stacked:
+            slices: dict[int, list[_Consumer]] = {}
+            for consumer in consumers:
+                if consumer.use.lead is not None:
+                    slices.setdefault(consumer.use.lead, []).append(consumer)
+            nested[axis.id] = np.stack(
+                [
+                    _SCORES[name](slices[number]) if number in slices else flat[axis.id]
+                    for number in range(outer[axis.id].size)
+                ]
+            )
+        elif axis.id in outer:
+            around = graph.axes[outer[axis.id].axes[0]]
             nested[axis.id] = _SCORES[name]([_apart(consumer, around) for consumer in consumers]).reshape(
                 around.size, axis.size
             )

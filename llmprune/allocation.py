@@ -43,6 +43,14 @@ def rank(scores: Array) -> Indices:
     return order
 
 
+def rank_rows(scores: Array) -> Indices:
+    """For each row the indices by ascending score; equal scores by their column's sum, then by index.
+
+    An expert that saw no token has no score of its own, and loses what the others can spare.
+    """
+    return np.stack([np.lexsort((scores.sum(0), row)) for row in scores])
+
+
 def stacks(names: Sequence[str]) -> dict[str, int]:
     """Prefix -> number of layers, for every module path whose children are numbered 0, 1, ... without a gap."""
     children: dict[str, set[int]] = {}
@@ -115,7 +123,7 @@ class Candidate:
         """The ``count`` indices of the lowest scores, sorted; a row of them for each outer index if nested."""
         if self.nested is None:
             return np.sort(self.order[:count])
-        return np.stack([np.sort(rank(row)[:count]) for row in self.nested])
+        return np.stack([np.sort(row[:count]) for row in rank_rows(self.nested)])
 
     def removals(self) -> Indices:
         """Removed counts after each step, ascending; empty where not even one step is possible."""

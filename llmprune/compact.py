@@ -10,7 +10,7 @@ import copy
 import ctypes
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any, NoReturn
 
@@ -47,6 +47,7 @@ _BUILTIN_SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
 class Cut:
     """One tensor to be cut: its name, the tensor, and dimension -> kept positions (sorted, unique, int64).
 
+    Where slices along dimension 0 keep different positions of a dimension, these are a row for each slice that stays.
     ``scale`` is set for the weight of a norm that is scaled besides.
     """
 
@@ -60,7 +61,7 @@ class Cut:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape after the cut."""
-        return tuple(len(self.kept[d]) if d in self.kept else n for d, n in enumerate(self.tensor.shape))
+        return _shape(self.tensor, self.kept)
 
 
 @on_uncompiled
@@ -261,6 +262,11 @@ def _smaller(cut: Cut) -> torch.Tensor:
 
 def gather(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
     """The kept positions of ``tensor`` as a new contiguous tensor of its own; ``tensor`` is not changed."""
+    if any(positions.ndim == 2 for positions in kept.values()):
+        out = torch.empty(_shape(tensor, kept), dtype=tensor.dtype, device=tensor.device)
+        for place, (number, inside) in enumerate(_slices(tensor, kept)):
+            out[place] = gather(tensor[number], inside)
+        return out
     source, word = tensor.detach(), _kernel_word(tensor)
     if word is None or not source.numel() or not kept:
         # Other devices and element sizes have no kernel of ours: a copy for each dimension.
@@ -268,8 +274,7 @@ def gather(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
             source = source.index_select(dim, torch.as_tensor(positions, device=source.device))
         return source.clone(memory_format=torch.contiguous_format) if not kept else source.contiguous()
     source = source.contiguous()
-    shape = [len(kept[d]) if d in kept else n for d, n in enumerate(source.shape)]
-    out = torch.empty(shape, dtype=source.dtype, device=source.device)
+    out = torch.empty(_shape(source, kept), dtype=source.dtype, device=source.device)
     _core.compact_into(out.view(word), source.view(word), dict(kept), **cuda.options(source))
     return out
 
@@ -289,11 +294,30 @@ def squeeze(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor
         raise TensorError(
             f"a tensor of {tensor.dtype} on {tensor.device} cannot be compacted in its own memory"
         )
+    if any(positions.ndim == 2 for positions in kept.values()):
+        front = _front(whole, kept)  # no slice is written before those at and behind it have been read
+        for place, (number, inside) in enumerate(_slices(whole, kept)):
+            front[place] = gather(whole[number], inside)
+        return front
     if whole.is_cuda:
         cuda.compact_many([whole.view(word)], [dict(kept)])
         return _front(whole, kept)
     smaller: torch.Tensor = from_dlpack(_core.compact(whole.view(word), dict(kept)))
     return smaller.view(tensor.dtype)
+
+
+def _slices(
+    tensor: torch.Tensor, kept: Mapping[int, Positions]
+) -> Iterator[tuple[int, dict[int, Positions]]]:
+    """The slices along dimension 0 that stay: number, and dimension of the slice -> what it keeps."""
+    for place, number in enumerate(kept.get(0, range(len(tensor)))):
+        inside = {dim - 1: p if p.ndim == 1 else p[place] for dim, p in kept.items() if dim}
+        yield int(number), inside
+
+
+def _shape(tensor: torch.Tensor, kept: Mapping[int, Positions]) -> tuple[int, ...]:
+    """The shape after a cut."""
+    return tuple(kept[d].shape[-1] if d in kept else n for d, n in enumerate(tensor.shape))
 
 
 def set_attributes(model: nn.Module, attributes: Iterable[AttributeValue]) -> None:
@@ -363,7 +387,7 @@ def _builtin_sizes(model: nn.Module, cuts: list[Cut], planned: list[AttributeVal
             for kind, sizes in _BUILTIN_SIZES:
                 for name, dim in sizes.items() if isinstance(module, kind) else ():
                     if dim in cut.kept and (other, name) not in taken:
-                        out.append(AttributeValue(other, name, None, len(cut.kept[dim])))
+                        out.append(AttributeValue(other, name, None, cut.kept[dim].shape[-1]))
     return out
 
 
@@ -374,9 +398,11 @@ def _checked_positions(name: str, tensor: torch.Tensor, dims: Mapping[int, Any])
         if not 0 <= dim < tensor.dim():
             raise PlanError(f"the plan cuts dimension {dim} of {name}, which has {tensor.dim()}")
         size = tensor.shape[dim]
-        if chosen.ndim != 1 or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
+        slices = len(dims.get(0, range(tensor.shape[0])))
+        valid = chosen.ndim == 1 or (chosen.ndim == 2 and dim > 0 and len(chosen) == slices)
+        if not valid or chosen.size == 0 or not np.issubdtype(chosen.dtype, np.integer):
             raise PlanError(f"the plan keeps no valid list of positions of {name} dimension {dim}")
-        if chosen[0] < 0 or chosen[-1] >= size or (np.diff(chosen) <= 0).any():
+        if chosen.min() < 0 or chosen.max() >= size or (np.diff(chosen) <= 0).any():
             raise PlanError(
                 f"kept positions of {name} dimension {dim} must rise strictly within 0..{size - 1}"
             )
@@ -427,7 +453,7 @@ def _kernel_word(tensor: torch.Tensor) -> torch.dtype | None:
 
 def _front(whole: torch.Tensor, kept: Mapping[int, Positions]) -> torch.Tensor:
     """What a contiguous tensor that was compacted in its own memory now is."""
-    shape = [len(kept[d]) if d in kept else n for d, n in enumerate(whole.shape)]
+    shape = _shape(whole, kept)
     return whole.view(-1)[: math.prod(shape)].view(shape)
 
 
@@ -437,6 +463,7 @@ def _movable(cuts: list[Cut]) -> list[list[Cut]]:
     for cut in cuts:
         t = cut.tensor
         as_it_is = cut.values is None and cut.scale is None
+        as_it_is = as_it_is and all(positions.ndim == 1 for positions in cut.kept.values())
         if as_it_is and t.is_cuda and t.numel() and t.is_contiguous() and _kernel_word(t):
             groups.setdefault(t.device, []).append(cut)
     return list(groups.values())

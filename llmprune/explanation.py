@@ -75,6 +75,7 @@ class Explanation:
             own = [chain for chain in self.chains if chain.axis == axis.id]
             index = f", index {own[0].index}" if own else ""
             lines.append(f"{axis}{index}")
+            lines += [f"  {axis.choice}"] if axis.choice else []
             lines += [str(chain) for chain in own]
         if not self.axes:
             lines.append("no axis: the position is fixed")

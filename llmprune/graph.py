@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmprune import _core
+from llmprune.apart import Around, describe, find_around, kept_positions
 from llmprune.declared import DECLARED, compile_rules, frozen_by_rule
 from llmprune.errors import InputError, PlanError
 from llmprune.explanation import Chain, Explanation, Step
@@ -22,7 +23,7 @@ from llmprune.layers import LayerAxis, find_layers
 from llmprune.masked_ops import has_masked_form
 from llmprune.record import fingerprint as fingerprint_of
 from llmprune.sublayers import Part, PartAxis, find_parts
-from llmprune.tape import LITERAL, TENSOR, Tape, arguments, leaves
+from llmprune.tape import LITERAL, TENSOR, TENSORS, Tape, arguments, leaves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +81,8 @@ class Axis:
     reasons: tuple[str, ...]
     marks: tuple[str, ...]
     _graph: Graph = field(repr=False)
-    _dims: tuple[tuple[int, int], ...] = field(repr=False)
+    dims: tuple[tuple[int, int], ...] = field(repr=False)
+    """(tensor of the tape, its dimension) of each occurrence."""
     starts: tuple[tuple[int, int], ...] = field(repr=False)
     """First position of index 0 in each occurrence, and the distance from one index to the next."""
 
@@ -90,7 +92,7 @@ class Axis:
         names = self._graph.tape.tensors
         return tuple(
             Member(names[tensor][4], dim, self._graph._core.positions(self.id, number))
-            for number, (tensor, dim) in enumerate(self._dims)
+            for number, (tensor, dim) in enumerate(self.dims)
         )
 
     @cached_property
@@ -107,12 +109,17 @@ class Axis:
     def places(self) -> tuple[tuple[str, int], ...]:
         """(name, dim) of each occurrence, without building its positions."""
         names = self._graph.tape.tensors
-        return tuple((names[tensor][4], dim) for tensor, dim in self._dims)
+        return tuple((names[tensor][4], dim) for tensor, dim in self.dims)
+
+    @cached_property
+    def choice(self) -> str:
+        """Whether other indices may go for each index of what lies around the axis; empty where nothing does."""
+        return describe(self._graph, self.id)
 
     def __str__(self) -> str:
         state = "prunable" if self.prunable else "frozen: " + "; ".join(self.reasons)
         marks = f" ({'; '.join(self.marks)})" if self.marks else ""
-        return f"axis {self.id} {self.kind}({self.size}) {state}{marks}, {len(self._dims)} members"
+        return f"axis {self.id} {self.kind}({self.size}) {state}{marks}, {len(self.dims)} members"
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class Graph:
         self._unused = sum(int(np.prod(shape, dtype=np.int64)) for shape in unused.values())
         self._frozen_later: dict[int, list[str]] = {}
         self._dims_cache: dict[tuple[int, int], list[int]] = {}
+        self._arounds: dict[int, Around | str] = {}
         self.axes: list[Axis] = []
         self._load_axes()
         self._freeze_spent_values()
@@ -252,7 +260,8 @@ class Graph:
             counts[name] = counts.get(name, 0) + 1
         return counts
 
-    def _place(self, op: int) -> str:
+    def place(self, op: int) -> str:
+        """Which operation it is, for messages."""
         if op < 0:
             return ""
         name, scope = self.tape.ops[op][0], self.tape.scopes[self.tape.ops[op][4]]
@@ -268,12 +277,12 @@ class Graph:
     def _load_axes(self) -> None:
         for number, (size, kind, prunable, notes, members) in enumerate(self._core.axes()):
             reasons = [
-                better + self._place(op)
+                better + self.place(op)
                 for text, op, is_mark in notes
                 if not is_mark
                 for better in self._reasons(number, text, op)
             ]
-            marks = [text + self._place(op) for text, op, is_mark in notes if is_mark]
+            marks = [text + self.place(op) for text, op, is_mark in notes if is_mark]
             dims = tuple((tensor, dim) for tensor, dim, _, _ in members)
             starts = tuple((start, stride) for _, _, start, stride in members)
             self.axes.append(
@@ -386,63 +395,67 @@ class Graph:
         """Positions that stay, for each dimension of a parameter or buffer that changes.
 
         Args:
-            removed: axis id -> indices that go: a flat list; or, for an axis nested in another (query heads in a
-                key-value head), an array (outer size, k) with k indices to go for each outer index.
+            removed: axis id -> indices that go: a flat list; or, for an axis with something around it
+                (:meth:`around`), an array (size around it, k) with k indices to go for each index around it.
+
+        Returns:
+            Name -> dimension -> int64, sorted positions; or, where slices along dimension 0 keep different ones, a row
+            of them for each slice that stays.
 
         Raises:
             PlanError: an index does not exist, or a ragged choice does not fit.
         """
-        gone: dict[tuple[str, int], NDArray[np.bool_]] = {}
-        for axis_id, indices in removed.items():
-            if not 0 <= axis_id < len(self.axes):
-                raise PlanError(f"axis {axis_id} does not exist; the graph has {len(self.axes)}")
-            axis, chosen = self.axes[axis_id], np.asarray(indices, dtype=np.int64)
-            if chosen.size == 0:
-                continue
-            if chosen.min() < 0 or chosen.max() >= axis.size:
-                raise PlanError(
-                    f"axis {axis_id} has indices 0 to {axis.size - 1}; the plan removes {chosen.max()}"
-                )
-            outer = self.outer(axis_id) if chosen.ndim == 2 else None
-            if outer is not None and chosen.shape[0] != self.axes[outer].size:
-                raise PlanError(
-                    f"axis {axis_id} lies in axis {outer} of {self.axes[outer].size} indices; the plan chooses for "
-                    f"{chosen.shape[0]}"
-                )
-            for number, (name, dim) in enumerate(axis.places):
-                shape = self.parameters.get(name) or self.buffers[name]
-                flags = gone.setdefault((name, dim), np.zeros(shape[dim], dtype=np.bool_))
-                if outer is None:
-                    flags[axis.occurrences[number].positions[chosen].reshape(-1)] = True
-                else:
-                    self._core.mark_ragged(axis_id, number, outer, chosen, flags)
-        kept: dict[str, dict[int, IntArray]] = {}
-        for (name, dim), flags in gone.items():
-            kept.setdefault(name, {})[dim] = np.flatnonzero(~flags).astype(np.int64)
-        return kept
+        return kept_positions(self, removed)
 
-    def outer(self, axis_id: int) -> int:
-        """The axis in which ``axis_id`` is nested wherever it occurs: the key-value heads of query heads.
+    def around(self, axis_id: int) -> Around:
+        """What an axis lies in and may be cut apart for each index of: key-value heads of query heads, experts.
 
         Raises:
-            PlanError: there is none.
+            PlanError: there is nothing such; the message says why.
         """
-        axis = self.axes[axis_id]
-        shared: set[int] | None = None
-        for (tensor, dim), (name, _dim) in zip(axis._dims, axis.places, strict=True):
-            if name not in self.parameters:
-                continue
-            here = {
-                other
-                for other in self.dim_axes(tensor, dim)
-                if other != axis_id and self.axes[other].kind == "head"
-            }
-            shared = here if shared is None else shared & here
-        if not shared:
-            raise PlanError(
-                f"axis {axis_id} ({axis.kind}) is not nested in one outer axis: give one flat list of indices"
-            )
-        return min(shared)
+        if axis_id not in self._arounds:
+            try:
+                self._arounds[axis_id] = find_around(self, axis_id)
+            except PlanError as error:
+                self._arounds[axis_id] = str(error)
+        found = self._arounds[axis_id]
+        if isinstance(found, str):
+            raise PlanError(f"{found}; give one flat list of indices")
+        return found
+
+    def dim_atoms(self, tensor: int, dim: int) -> list[int]:
+        """The atoms in a dimension of a tensor on the tape, axes or not, outer to inner, as often as they occur."""
+        atoms: list[int] = self._core.dim_atoms(tensor, dim)
+        return atoms
+
+    @cached_property
+    def atoms(self) -> list[int]:
+        """The atom of each axis."""
+        atoms: list[int] = self._core.atoms()
+        return atoms
+
+    @cached_property
+    def axis_of_atom(self) -> dict[int, int]:
+        """Atom -> axis; other atoms occur in no parameter."""
+        return {atom: axis for axis, atom in enumerate(self.atoms)}
+
+    @cached_property
+    def ops_with(self) -> dict[int, list[int]]:
+        """Axis -> the operations, in order, with a tensor it occurs in; only axes in no dimension 0 of a parameter."""
+        inside: dict[int, list[int]] = {axis.id: [] for axis in self.axes if all(dim for _, dim in axis.dims)}
+        holding: dict[int, set[int]] = {-1: set()}
+
+        def held(tensor: int) -> set[int]:
+            if tensor not in holding:
+                dims = range(len(self.tape.tensors[tensor][0]))
+                holding[tensor] = {i for dim in dims for i in self.dim_axes(tensor, dim) if i in inside}
+            return holding[tensor]
+
+        for number, (_name, _flags, code, outputs, _scope) in enumerate(self.tape.ops):
+            given = [v for tag, value in arguments(code) if tag in (TENSOR, TENSORS) for v in value]
+            for axis_id in set().union(*map(held, (*given, *outputs))):
+                inside[axis_id].append(number)
+        return inside
 
     @cached_property
     def _numbers(self) -> dict[tuple[str, int], int]:
@@ -469,7 +482,7 @@ class Graph:
             dim = rest[0][1][0] if rest and rest[0][1] else -1
             sizes = self.tape.tensors[tensor][0]
             if sizes and k < sizes[dim]:
-                found.append((tensor, dim % len(sizes), k, self._place(number)))
+                found.append((tensor, dim % len(sizes), k, self.place(number)))
         return found
 
     def least(self, axis_id: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmprune.allocation import Budget, Candidate, layer_of, protected, rank
+from llmprune.allocation import Budget, Candidate, layer_of, protected, rank, rank_rows
 from llmprune.allocation import stacks as stacks_of
 from llmprune.atomic import write_file
 from llmprune.choice import KINDS, check_choice, check_norms
@@ -68,16 +68,26 @@ def decode_indices(text: str) -> Indices:
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
+def _encoded(indices: Indices) -> str | list[str]:
+    """Indices as runs; of an array of rows, each row's."""
+    return encode_indices(indices) if indices.ndim == 1 else [encode_indices(row) for row in indices]
+
+
+def _decoded(text: str | list[str]) -> Indices:
+    return decode_indices(text) if isinstance(text, str) else np.stack([*map(decode_indices, text)])
+
+
 @dataclass(eq=False)
 class Plan:
     """What one pruning removes.
 
     Attributes:
-        removed: axis id -> sorted removed indices, after closure over ties; (outer size, k) where each index of the
-            axis around it (a key-value head) loses k indices of its own choice (query heads). Of a stack of layers
-            (:attr:`Graph.layers`) the positions of the blocks that go.
+        removed: axis id -> sorted removed indices, after closure over ties; (outer size, k) where each index around the
+            axis (:meth:`Graph.around`: key-value heads, experts) loses k indices of its own choice (query heads, the
+            channels inside). Of a stack of layers (:attr:`Graph.layers`) the positions of the blocks that go.
         kept: canonical parameter or buffer name -> dimension -> sorted kept positions of the original; only what
-            changes.
+            changes. Where slices along dimension 0 (experts) keep different ones, an array with a row for each slice
+            that stays.
         attributes: module attributes that take a new value.
         marked: operations that normalise over a removed axis (what :func:`llmprune.verify` must mask).
         axes: axis id -> ``{"kind", "size", "removed"}`` for the axes in ``removed``, and ``"layer"`` where it has one
@@ -113,14 +123,9 @@ class Plan:
         """The plan as a JSON object; index lists as runs."""
         return {
             "format": _FORMAT,
-            "removed": {
-                str(axis): encode_indices(indices)
-                if indices.ndim == 1
-                else [encode_indices(row) for row in indices]
-                for axis, indices in self.removed.items()
-            },
+            "removed": {str(axis): _encoded(indices) for axis, indices in self.removed.items()},
             "kept": {
-                name: {str(dim): encode_indices(kept) for dim, kept in dims.items()}
+                name: {str(dim): _encoded(kept) for dim, kept in dims.items()}
                 for name, dims in self.kept.items()
             },
             "attributes": [asdict(attribute) for attribute in self.attributes],
@@ -148,14 +153,9 @@ class Plan:
             raise PlanError(f"this is no pruning plan of format {_FORMAT} (found {data.get('format')!r})")
         try:
             return cls(
-                removed={
-                    int(axis): decode_indices(text)
-                    if isinstance(text, str)
-                    else np.stack([*map(decode_indices, text)])
-                    for axis, text in data["removed"].items()
-                },
+                removed={int(axis): _decoded(text) for axis, text in data["removed"].items()},
                 kept={
-                    name: {int(dim): decode_indices(text) for dim, text in dims.items()}
+                    name: {int(dim): _decoded(text) for dim, text in dims.items()}
                     for name, dims in data["kept"].items()
                 },
                 attributes=[Attribute(**attribute) for attribute in data["attributes"]],
@@ -276,8 +276,9 @@ def plan(
             multiple of ``round_to``, for FFN axes). Or kind -> share of that kind's groups to remove in every layer,
             rounded down (of ``layer``, ``attention`` and ``feedforward``: of every stack's blocks); ``kinds`` and
             ``allocation`` then do not matter.
-        removed: axis id -> indices to remove. All of them go, and what their ties demand. For an axis nested in another
-            (query heads in a key-value head) an array (outer size, k) removes different ones in each.
+        removed: axis id -> indices to remove. All of them go, and what their ties demand. For an axis with something
+            around it (:meth:`Graph.around`: query heads in key-value heads, channels in experts) an array (size around
+            it, k) removes different ones in each.
         kinds: kinds of axes that may give.
         allocation: ``uniform`` (every axis loses the same share) or ``global`` (ranked across layers and kinds by
             normalised score; the formula is in :mod:`llmprune.allocation`).
@@ -463,7 +464,7 @@ def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked
 
     flat = {key: checked(key, value, ()) for key, value in scores.items()}
     nested = {
-        key: checked(key, value, (axes[graph.outer(key)].size,))
+        key: checked(key, value, (graph.around(key).size,))
         for key, value in getattr(scores, "nested", {}).items()
     }
     return _Checked(flat, nested, getattr(scores, "pinned", {}))
@@ -495,7 +496,7 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
         if not axis.prunable:
             raise PlanError(f"{_describe(axis)} is frozen: {'; '.join(axis.reasons) or 'it is not prunable'}")
         if values.ndim == 2:
-            rows = axes[graph.outer(key)].size
+            rows = graph.around(key).size
             if len(values) != rows or (np.diff(values, axis=1) == 0).any():
                 raise InputError(
                     f"{_describe(axis)} needs a row of different indices for each of the {rows} indices around it"
@@ -667,14 +668,13 @@ def _extend(axis: Axis, wanted: Indices | None, count: int, scores: _Checked) ->
         return wanted
     flat = scores.flat.get(axis.id, np.arange(axis.size, dtype=np.float64))
 
-    def extended(row: Indices, by: Array) -> Indices:
-        order = rank(by)
+    def extended(row: Indices, order: Indices) -> Indices:
         return np.sort(np.concatenate([row, order[~np.isin(order, row)][: count - len(row)]]))
 
     if wanted.ndim == 1:
-        return extended(wanted, flat)
+        return extended(wanted, rank(flat))
     nested = scores.nested.get(axis.id, np.tile(flat, (len(wanted), 1)))
-    return np.stack([extended(row, by) for row, by in zip(wanted, nested, strict=True)])
+    return np.stack([extended(row, order) for row, order in zip(wanted, rank_rows(nested), strict=True)])
 
 
 def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:

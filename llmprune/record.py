@@ -67,7 +67,8 @@ class Compaction:
         model_class: the model's class name.
         module: the Python module that defines the class.
         original_shapes: every parameter (canonical name, tied ones once) and buffer -> its shape before any pruning.
-        kept: parameter or buffer name -> dimension -> kept positions of the original, sorted; only what changed.
+        kept: parameter or buffer name -> dimension -> kept positions of the original, sorted; only what changed. Where
+            slices along dimension 0 keep different ones, a row for each slice that is left.
         attributes: the attributes that differ from the original model's, with their values now.
         history: the prunings, oldest first.
         layers: path of a list of blocks -> positions of the original that are left, where blocks have gone. All names
@@ -101,7 +102,7 @@ class Compaction:
         for name, dims in self.kept.items():
             shape = list(self.original_shapes[name])
             for dim, positions in dims.items():
-                shape[dim] = len(positions)
+                shape[dim] = positions.shape[-1]
             now = self.name_now(name)
             if now is not None:
                 out[now] = tuple(shape)
@@ -183,16 +184,23 @@ class Compaction:
             name = self.name_then(now)
             if name not in self.original_shapes:
                 raise PlanError(f"the record knows no parameter {name!r}: it belongs to another model")
-            for dim, positions in dims.items():
-                left = composed.setdefault(name, {}).get(dim)
-                if left is None:
-                    left = np.arange(self.original_shapes[name][dim], dtype=np.int64)
+            left = composed.setdefault(name, {})
+            for dim, positions in sorted(dims.items(), reverse=True):  # dimension 0 last: it takes rows along
+                size = self.original_shapes[name][dim]
+                here = left.get(dim, np.arange(size, dtype=np.int64))
                 chosen = np.asarray(positions, dtype=np.int64)
-                if chosen.size and (chosen[0] < 0 or chosen[-1] >= len(left)):
+                if chosen.size and (chosen.min() < 0 or chosen.max() >= here.shape[-1]):
                     raise PlanError(
-                        f"{name} dimension {dim} has {len(left)} positions left; the plan keeps position {chosen[-1]}"
+                        f"{name} dimension {dim} has {here.shape[-1]} positions left; the plan keeps position "
+                        f"{chosen.max()}"
                     )
-                composed[name][dim] = left[chosen]
+                if here.ndim == 2 and 0 in dims:
+                    here = here[dims[0]]
+                both = here.ndim == chosen.ndim == 2
+                left[dim] = np.take_along_axis(here, chosen, 1) if both else here[..., chosen]
+            for dim, rows in left.items():
+                if 0 in dims and rows.ndim == 2 and dim not in dims:
+                    left[dim] = rows[dims[0]]
         depths = dict(self.layers)
         for now, stay in (layers or {}).items():
             path = self.name_then(now)

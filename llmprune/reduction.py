@@ -9,7 +9,7 @@ Pieces wait here until all uses of a parameter are in; then they are reduced and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from llmprune import _core, cuda
 from llmprune.importance import Importance
 
 Sums = dict[str, list[np.ndarray]]
-"""Parameter name -> for each dimension float64 sums of the elementwise importance, one per index."""
+"""Parameter name -> for each dimension float64 sums of the elementwise importance, one per index. Of a stack whose
+slices are told apart, dimension 0 has these; the others have them for each slice, (slices, indices)."""
 
 
 def _out(sums: torch.Tensor) -> Any:
@@ -84,6 +85,7 @@ class Reducer:
         done: Called with the name of each parameter that is complete.
         fold: Add gradients up in accumulators of the weight's size instead of keeping what passes: for more tokens
             than a weight has rows and columns.
+        stacks: Names of parameters whose slices along dimension 0 are told apart; they take the general path.
 
     Attributes:
         grouped: Whether samples are told apart: for second order, whose ``s`` is a mean of squares over them.
@@ -98,12 +100,19 @@ class Reducer:
         uses: Mapping[str, int],
         done: Callable[[str], None],
         fold: bool = False,
+        stacks: Collection[str] = (),
     ):
         self.importance, self.parameters, self.samples = importance, parameters, samples
         self.uses, self.done, self.fold = uses, done, fold
         self.grouped = importance.order > 1
+        self.stacks = stacks
         self._sums = {
-            name: [torch.zeros(n, dtype=torch.float64, device=p.device) for n in p.shape]
+            name: [
+                torch.zeros(
+                    (len(p), n) if dim and name in stacks else n, dtype=torch.float64, device=p.device
+                )
+                for dim, n in enumerate(p.shape)
+            ]
             for name, p in parameters.items()
         }
         self.ids: dict[str, list[torch.Tensor]] = {}
@@ -209,7 +218,17 @@ class Reducer:
 
     def whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None = None) -> None:
         """A parameter's whole mean gradient, and mean square where the importance needs it; None for zeros."""
-        self._reduce_tensor(self._scored(name), grad, square, self._sums[name])
+        weight = self._scored(name)
+        if name not in self.stacks:
+            self._reduce_tensor(weight, grad, square, self._sums[name])
+        else:
+            first, *others = self._sums[name]
+            for number, part in enumerate(weight):
+                rows = [out[number] for out in others]
+                before = rows[0].sum()
+                mean, mean_square = (None if t is None else t[number] for t in (grad, square))
+                self._reduce_tensor(part, mean, mean_square, rows)
+                first[number] += rows[0].sum() - before
         self.complete.add(name)
         self.done(name)
 

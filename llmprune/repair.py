@@ -250,26 +250,37 @@ class _Repairer:
 
     def _inputs(self, use: Use, device: torch.device) -> torch.Tensor:
         """Which of a use's inputs stay."""
-        kept = torch.as_tensor(self._kept[use.name][use.inner], device=device)
+        kept = torch.as_tensor(self._of_slice(use, use.inner), device=device)
         return (kept[:, None] * use.taps + torch.arange(use.taps, device=device)).flatten()
 
     def _outputs(self, use: Use, device: torch.device) -> torch.Tensor:
         """Which of a use's outputs stay, within its window."""
-        kept = self._kept[use.name].get(use.outer)
-        if kept is None:
+        if use.outer not in self._kept[use.name]:
             return torch.arange(use.count, device=device)
+        kept = self._of_slice(use, use.outer)
         inside = kept[(kept >= use.first) & (kept < use.first + use.count)]
         return torch.as_tensor(inside - use.first, device=device)
 
+    def _of_slice(self, use: Use, dim: int) -> np.ndarray:
+        """What the use's slice of a stack keeps of a dimension; of a slice that goes, what another one keeps."""
+        kept: np.ndarray = np.atleast_2d(self._kept[use.name][dim])
+        row: np.ndarray = kept[(self._number(use) or 0) if len(kept) > 1 else 0]
+        return row
+
+    def _number(self, use: Use) -> int | None:
+        """The number of the use's slice in the compacted stack; None for no stack, or a slice that goes."""
+        slices = self._kept[use.name].get(0)
+        if use.lead is None or slices is None:
+            return use.lead
+        return int(np.searchsorted(slices, use.lead)) if use.lead in slices else None
+
     def _in_small(self, use: Use) -> Use | None:
         """The same part of the compacted parameter; None where nothing of it stays."""
-        kept, lead, first, count = self._kept[use.name], use.lead, use.first, use.count
-        if lead is not None and 0 in kept:
-            if lead not in kept[0]:
-                return None
-            lead = int(np.searchsorted(kept[0], lead))
-        if use.outer in kept:
-            first, end = np.searchsorted(kept[use.outer], [first, first + count]).tolist()
+        lead, first, count = self._number(use), use.first, use.count
+        if lead is None and use.lead is not None:
+            return None
+        if use.outer in self._kept[use.name]:
+            first, end = np.searchsorted(self._of_slice(use, use.outer), [first, first + count]).tolist()
             count = end - first
         return replace(use, lead=lead, first=first, count=count) if count else None
 

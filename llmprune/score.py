@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from llmprune.verify import experts_computed_by
 from llmprune.wrapped import check_present, on_uncompiled
 
 if TYPE_CHECKING:
+    from llmprune.apart import Around
     from llmprune.graph import Axis, Graph
     from llmprune.sublayers import PartAxis
 
@@ -63,8 +64,8 @@ class Scores(Mapping[int, np.ndarray]):
         calibration_hash: sha256 of the calibration samples; None where none were used.
         fingerprint: Of the graph they belong to.
         kinds: Axis id -> kind of axis.
-        nested: Axis id -> float64 (outer axis' size, axis size), for query heads: the score of each one in each
-            key-value head, which can then lose a choice of its own.
+        nested: Axis id -> float64 (size around it, axis size), for query heads and for channels inside experts: the
+            score of each one in each key-value head, or expert, which can then lose a choice of its own.
         pinned: Id of a stack of layers -> position -> why the model's class cannot build the rest without that block.
     """
 
@@ -322,7 +323,13 @@ def score(
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
-    outer = {axis.id: around for axis in axes if (around := _outer(graph, axis)) is not None}
+    outer = {axis.id: around for axis in axes if (around := _around(graph, axis)) is not None}
+    stacks_apart = {
+        member.parameter
+        for axis, around in outer.items()
+        if around.stacked
+        for member in graph.axes[axis].members
+    }
     batch = None
     if rule.order < 0:
         tables = {
@@ -338,7 +345,7 @@ def score(
         _check_weights(parameters)
         batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
         with _damage_named(parameters):
-            values, tables = _of_activations(model, axes, outer, batch, importance, batch_size, quiet)
+            values, tables = _of_activations(model, graph, axes, outer, batch, importance, batch_size, quiet)
             axes = [axis for axis in axes if axis.id in values]
             _check_finite(axes, values, importance)
     else:
@@ -350,18 +357,23 @@ def score(
             ) as bar:
                 sums: Sums = {}
                 if rule.order == 0:
-                    sums = _weights_only(parameters, rule, partial(_tick, bar))
+                    sums = _weights_only(parameters, rule, partial(_tick, bar), stacks_apart)
                 else:
                     batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
                 if axes and batch is not None:
                     tick = partial(_tick, bar)
                     sums = _streamed(
-                        model, batch, loss, parameters, rule, tick, batch_size, checkpointing, pin_boundaries
+                        *(model, batch, loss, parameters, rule, tick, batch_size, checkpointing),
+                        *(pin_boundaries, stacks_apart),
                     )
-            structures = {name: [rule.finish(array) for array in arrays] for name, arrays in sums.items()}
+            structures = {
+                name: [rule.finish(array if array.ndim == 1 else array.sum(0)) for array in arrays]
+                for name, arrays in sums.items()
+            }
+            apart = {name: [rule.finish(array) for array in sums[name]] for name in stacks_apart}
             values = _grouped(axes, structures, aggregation)
             tables = {
-                axis: _nested(graph.axes[axis], around, structures, aggregation)
+                axis: _nested(graph, graph.axes[axis], around, structures, apart, aggregation)
                 for axis, around in outer.items()
             }
             _check_finite(axes, values, importance)
@@ -384,8 +396,9 @@ def score(
 
 def _of_activations(
     model: nn.Module,
+    graph: Graph,
     axes: Sequence[Axis],
-    outer: Mapping[int, Axis],
+    outer: Mapping[int, Around],
     batch: Batch,
     importance: str,
     batch_size: int | None,
@@ -398,7 +411,7 @@ def _of_activations(
         _ids_in_range(),
         tqdm(total=batch.samples, desc=f"scoring ({importance})", unit="sample", disable=quiet) as bar,
     ):
-        return activation_scores(model, axes, outer, batch, importance, batch_size, bar.update)
+        return activation_scores(model, graph, axes, outer, batch, importance, batch_size, bar.update)
 
 
 def _of_layers(
@@ -563,9 +576,12 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def _weights_only(
-    parameters: Mapping[str, nn.Parameter], rule: Importance, progress: Callable[[str], None]
+    parameters: Mapping[str, nn.Parameter],
+    rule: Importance,
+    progress: Callable[[str], None],
+    stacks: Collection[str],
 ) -> Sums:
-    reducer = Reducer(rule, parameters, 1, {}, progress)
+    reducer = Reducer(rule, parameters, 1, {}, progress, stacks=stacks)
     for name in parameters:
         reducer.whole(name, None)
     return reducer.sums
@@ -581,6 +597,7 @@ def _streamed(
     batch_size: int | None,
     checkpointing: bool | None,
     pin_boundaries: bool,
+    stacks: Collection[str],
 ) -> Sums:
     """First and second order, with the model as it was afterwards."""
     losses_of = SampleLosses(model, loss, batch)
@@ -595,6 +612,7 @@ def _streamed(
             batch_size=batch_size,
             checkpointing=checkpointing,
             pin_boundaries=pin_boundaries,
+            stacks=stacks,
         )
 
 
@@ -617,30 +635,35 @@ def _grouped(axes: Sequence[Axis], structures: Structures, aggregation: str) -> 
     return scores
 
 
-def _outer(graph: Graph, axis: Axis) -> Axis | None:
-    """The key-value heads around an axis of query heads; None where it lies in no such axis, or is of another kind."""
-    if axis.kind != "query":
-        return None
+def _around(graph: Graph, axis: Axis) -> Around | None:
+    """What an axis is chosen apart for each index of: key-value heads of query heads, experts of what is in them."""
     try:
-        return graph.axes[graph.outer(axis.id)]
-    except PlanError:  # not nested: it is scored and pruned alike everywhere
+        around = graph.around(axis.id)
+    except PlanError:  # it is scored and pruned alike everywhere
         return None
+    return around if around.stacked or axis.kind == "query" else None
 
 
-def _nested(axis: Axis, outer: Axis, structures: Structures, aggregation: str) -> np.ndarray:
-    """Scores of an axis apart for each index of the axis around it: (outer size, axis size)."""
+def _nested(
+    graph: Graph, axis: Axis, around: Around, structures: Structures, apart: Structures, aggregation: str
+) -> np.ndarray:
+    """Scores of an axis apart for each index of what lies around it: (size around it, axis size)."""
     tables = []
     for member in axis.members:
         if member.parameter not in structures:
             continue
+        if around.stacked:
+            rows = apart[member.parameter][member.dim][:, member.positions]
+            tables.append(rows.reshape(around.size, axis.size, -1).sum(2))
+            continue
         structure = structures[member.parameter][member.dim]
         owner = np.zeros(len(structure), dtype=np.int64)
-        for around in outer.members:
-            if (around.parameter, around.dim) == (member.parameter, member.dim):
-                owner[around.positions] = np.arange(outer.size)[:, None]
-        table = np.zeros((outer.size, axis.size))
+        for other in graph.axes[around.axes[0]].members:
+            if (other.parameter, other.dim) == (member.parameter, member.dim):
+                owner[other.positions] = np.arange(around.size)[:, None]
+        table = np.zeros((around.size, axis.size))
         np.add.at(
             table, (owner[member.positions], np.arange(axis.size)[:, None]), structure[member.positions]
         )
         tables.append(table)
-    return AGGREGATIONS[aggregation](np.stack(tables)) if tables else np.zeros((outer.size, axis.size))
+    return AGGREGATIONS[aggregation](np.stack(tables)) if tables else np.zeros((around.size, axis.size))

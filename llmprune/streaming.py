@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -140,6 +140,7 @@ class _Task:
     parameters: Mapping[str, torch.Tensor]
     importance: Importance
     progress: Callable[[str], None]
+    stacks: Collection[str] = ()
 
 
 def _survey(task: _Task, copied: set[str]) -> _Route:
@@ -241,6 +242,7 @@ def streamed_sums(
     checkpointing: bool | None = None,
     accumulator_bytes: int | None = None,
     pin_boundaries: bool = False,
+    stacks: Collection[str] = (),
 ) -> Sums:
     """Sums of the elementwise importance over every structure of every parameter.
 
@@ -259,14 +261,15 @@ def streamed_sums(
         accumulator_bytes: Most memory for the accumulators of the general path's second order at a time; None takes
             half of what is available.
         pin_boundaries: With checkpointing, keep what passes the blocks' borders in pinned host memory.
+        stacks: Names of parameters whose slices along dimension 0 are told apart.
 
     Raises:
         CalibrationError: a sample's loss is not finite, or the model cannot run on the samples.
         DeviceError: a CUDA device has too little free memory; nothing has been computed.
     """
-    task = _Task(model, batch, losses_of, parameters, importance, progress)
+    task = _Task(model, batch, losses_of, parameters, importance, progress, stacks)
     losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
-    route = _route(task)
+    route = _route(task).without(set(stacks), parameters)
     while True:
         log.info(
             "%d parameters streamed, %d copied per sample, %d on the general path, %d blocks",
@@ -373,6 +376,7 @@ class _Pass:
             self.route.streamed,
             task.progress,
             fold=parts and task.batch.tokens > STORE_TOKENS,
+            stacks=task.stacks,
         )
         self.mode = Interposer(task.parameters, set(self.route.streamed), self.route.copied, self.reducer)
         self.mode.densities = self.route.densities

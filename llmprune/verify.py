@@ -335,7 +335,7 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
     Removed positions of the parameters are zero, and removed blocks hand on what they get.
     """
     parameters = dict(model.named_parameters())
-    undo: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
+    undo: list[tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]] = []
     try:
         with deferred_interrupts():
             for name, dims in plan.kept.items():
@@ -343,15 +343,21 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
                     continue  # a buffer: what it scales or shifts is zero already
                 data = parameters[name].data  # not a new version for autograd: the values will be back
                 for dim, kept in dims.items():
-                    gone = torch.as_tensor(np.setdiff1d(np.arange(data.shape[dim]), kept), device=data.device)
-                    undo.append((data, dim, gone, data.index_select(dim, gone)))
-                    data.index_fill_(dim, gone, 0)
+                    gone = np.stack(
+                        [np.setdiff1d(np.arange(data.shape[dim]), row) for row in np.atleast_2d(kept)]
+                    )
+                    slices = dims.get(0, np.arange(data.shape[0]))[:, None]
+                    places = (gone[0],) if kept.ndim == 1 else (slices, gone)
+                    view = data.movedim(dim, kept.ndim - 1)
+                    index = tuple(torch.as_tensor(place, device=data.device) for place in places)
+                    undo.append((view, index, view[index]))
+                    view[index] = 0
         with bypassed(model, getattr(plan, "layers", ())), silenced(model, getattr(plan, "sublayers", ())):
             yield
     finally:
         with deferred_interrupts():
-            for data, dim, gone, values in reversed(undo):
-                data.index_copy_(dim, gone, values)
+            for view, index, values in reversed(undo):
+                view[index] = values
 
 
 @contextmanager
@@ -366,13 +372,23 @@ def holding(
             for name, values in weights.items():
                 data, dims = parameters[name].data, kept[name]
                 undo.append((data, data.clone()))
-                places = np.ix_(*(dims.get(dim, np.arange(size)) for dim, size in enumerate(data.shape)))
-                data[tuple(torch.as_tensor(place, device=data.device) for place in places)] = values
+                _put(data, dims, values)
         yield
     finally:
         with deferred_interrupts():
             for data, values in undo:
                 data.copy_(values)
+
+
+def _put(data: torch.Tensor, kept: Mapping[int, Any], values: torch.Tensor) -> None:
+    """Write ``values`` at the kept positions, which may be a row for each kept slice along dimension 0."""
+    if any(positions.ndim == 2 for positions in kept.values()):
+        for place, number in enumerate(kept.get(0, range(len(data)))):
+            inside = {dim - 1: p if p.ndim == 1 else p[place] for dim, p in kept.items() if dim}
+            _put(data[int(number)], inside, values[place])
+        return
+    places = np.ix_(*(kept.get(dim, np.arange(size)) for dim, size in enumerate(data.shape)))
+    data[tuple(torch.as_tensor(place, device=data.device) for place in places)] = values
 
 
 @contextmanager

@@ -420,7 +420,9 @@ static PyObject *make_id(const void *source, size_t i)
     return PyLong_FromUnsignedLong(((const uint32_t *)source)[i]);
 }
 
-static PyObject *graph_dim_axes(PyObject *self, PyObject *args)
+typedef lp_status (*dim_query)(lp_graph *, uint32_t, uint32_t, uint32_t *, size_t, size_t *, lp_error *);
+
+static PyObject *ids_of_dim(PyObject *self, PyObject *args, const char *format, dim_query query)
 {
     unsigned int tensor, dim;
     uint32_t few[32], *ids = few;
@@ -428,16 +430,15 @@ static PyObject *graph_dim_axes(PyObject *self, PyObject *args)
     PyObject *list = NULL;
     lp_error err = {0};
 
-    if (!PyArg_ParseTuple(args, "II:dim_axes", &tensor, &dim))
+    if (!PyArg_ParseTuple(args, format, &tensor, &dim))
         return NULL;
-    if (lp_graph_dim_axes(graph_of(self), tensor, dim, ids, sizeof few / sizeof few[0], &count, &err) !=
-        LP_OK)
+    if (query(graph_of(self), tensor, dim, ids, sizeof few / sizeof few[0], &count, &err) != LP_OK)
         return raise_status(self, &err);
     if (count > sizeof few / sizeof few[0]) {
         ids = PyMem_New(uint32_t, count);
         if (ids == NULL)
             return PyErr_NoMemory();
-        if (lp_graph_dim_axes(graph_of(self), tensor, dim, ids, count, &count, &err) != LP_OK) {
+        if (query(graph_of(self), tensor, dim, ids, count, &count, &err) != LP_OK) {
             raise_status(self, &err);
             goto done;
         }
@@ -447,6 +448,26 @@ done:
     if (ids != few)
         PyMem_Free(ids);
     return list;
+}
+
+static PyObject *graph_dim_axes(PyObject *self, PyObject *args)
+{
+    return ids_of_dim(self, args, "II:dim_axes", lp_graph_dim_axes);
+}
+
+static PyObject *graph_dim_atoms(PyObject *self, PyObject *args)
+{
+    return ids_of_dim(self, args, "II:dim_atoms", lp_graph_dim_atoms);
+}
+
+static PyObject *make_root(const void *source, size_t i)
+{
+    return PyLong_FromUnsignedLong(lp_graph_axis(source, i)->root);
+}
+
+static PyObject *graph_atoms(PyObject *self, PyObject *Py_UNUSED(unused))
+{
+    return list_of(lp_graph_axis_count(graph_of(self)), make_root, graph_of(self));
 }
 
 static PyObject *make_marked(const void *source, size_t i)
@@ -572,6 +593,9 @@ static PyMethodDef graph_methods[] = {
      "mark_ragged($self, axis, member, outer, chosen, flags, /)\n--\n\nSet flags where a choice of its own for each outer index goes."},
     {"dim_axes", graph_dim_axes, METH_VARARGS,
      "dim_axes($self, tensor, dim, /)\n--\n\nIds of the axes in a dimension."},
+    {"dim_atoms", graph_dim_atoms, METH_VARARGS,
+     "dim_atoms($self, tensor, dim, /)\n--\n\nAtoms of a dimension, axes or not, outer to inner, as often as they occur."},
+    {"atoms", graph_atoms, METH_NOARGS, "atoms($self, /)\n--\n\nThe atom of each axis."},
     {"marked", graph_marked, METH_NOARGS,
      "marked($self, /)\n--\n\n(op, tensor, dim) of every normalisation."},
     {"unknown", graph_unknown, METH_NOARGS, "unknown($self, /)\n--\n\nOperations no rule knows."},

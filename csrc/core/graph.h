@@ -152,6 +152,10 @@ lp_status lp_graph_mark_removed(lp_graph *graph, uint32_t tensor, uint32_t dim, 
 lp_status lp_graph_dim_axes(lp_graph *graph, uint32_t tensor, uint32_t dim, uint32_t *out, size_t capacity,
                             size_t *count, lp_error *err);
 
+/* The same for all atoms, axes or not, outer to inner and as often as they occur.  Comparable with lp_axis.root. */
+lp_status lp_graph_dim_atoms(lp_graph *graph, uint32_t tensor, uint32_t dim, uint32_t *out, size_t capacity,
+                             size_t *count, lp_error *err);
+
 size_t lp_graph_marked_count(const lp_graph *graph);
 const lp_marked *lp_graph_marked(const lp_graph *graph, size_t i);
 

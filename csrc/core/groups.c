@@ -481,3 +481,18 @@ lp_status lp_graph_dim_axes(lp_graph *graph, uint32_t tensor, uint32_t dim, uint
     graph->axes.factor_count = arena;
     return LP_OK;
 }
+
+lp_status lp_graph_dim_atoms(lp_graph *graph, uint32_t tensor, uint32_t dim, uint32_t *out, size_t capacity,
+                             size_t *count, lp_error *err)
+{
+    size_t arena = graph->axes.factor_count;
+    lp_expr leaves;
+
+    LP_TRY(check_dim(graph, tensor, dim, err));
+    LP_TRY(lp_axes_leaves(&graph->axes, graph->tensors[tensor].dims[dim], &leaves, err));
+    *count = leaves.len;
+    for (uint32_t i = 0; i < leaves.len && i < capacity; i++)
+        out[i] = graph->axes.factors[leaves.off + i];
+    graph->axes.factor_count = arena;
+    return LP_OK;
+}

@@ -73,6 +73,14 @@ def test_mark_ragged_refuses_flags_of_another_size(graph: Any, size: int) -> Non
         graph.mark_ragged(FFN, 0, FFN, np.zeros((4, 1), dtype=np.int64), np.zeros(size, dtype=np.bool_))
 
 
+def test_a_dimension_names_its_atoms_axes_or_not(graph: Any) -> None:
+    atoms = graph.atoms()
+    assert len(set(atoms)) == axis_count(graph)
+    assert graph.dim_atoms(UP, 0) == [atoms[FFN]]
+    with pytest.raises(ValueError, match="not on the tape"):
+        graph.dim_atoms(UP, 2)
+
+
 @pytest.mark.parametrize("count", [-1, 5, np.iinfo(np.int64).min, np.iinfo(np.int64).max])
 def test_an_axis_cannot_lose_fewer_than_none_or_more_than_all(graph: Any, count: int) -> None:
     removed = np.zeros(axis_count(graph), dtype=np.int64)

@@ -10,6 +10,8 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
+from llmprune.errors import PlanError
+
 IMPORTANCES = ("vector", "element1", "element2", "l1", "l2")
 AGGREGATIONS = ("sum", "max", "product", "last")
 VOCABULARY = 61
@@ -40,6 +42,9 @@ class Graph:
     parameters: dict[str, tuple[int, ...]]
     axes: list[Axis] = field(default_factory=list)
     fingerprint: str = "made by hand"
+
+    def around(self, axis: int) -> None:
+        raise PlanError(f"axis {axis} lies in nothing")
 
 
 def whole_graph(model: nn.Module) -> Graph:

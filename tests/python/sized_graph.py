@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llmprune.apart import Around
 from llmprune.errors import PlanError
 
 Expression = list[tuple[int, ...]]
@@ -108,11 +109,12 @@ class SizedGraph:
         assert not drops
         return sum(prod(self._shape(tensor, removed)) for tensor in self.names.values())
 
-    def outer(self, axis: int) -> int:
+    def around(self, axis: int) -> Around:
         for expression in (dim for dims in self.tensors for dim in dims):
             for term in expression:
                 if axis in term[1:]:
-                    return term[term.index(axis) - 1]
+                    outer = term[term.index(axis) - 1]
+                    return Around((outer,), self.axes[outer].size, False)
         raise PlanError(f"axis {axis} is not nested in one outer axis")
 
     def kept(self, removed: Mapping[int, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
@@ -123,7 +125,7 @@ class SizedGraph:
             at = dict(label)
             ragged = (a for a in at if a in removed and a not in flat)
             return bool(gone.intersection(label)) or any(
-                at[a] in removed[a][at[self.outer(a)]] for a in ragged
+                at[a] in removed[a][at[self.around(a).axes[0]]] for a in ragged
             )
 
         out: dict[str, dict[int, np.ndarray]] = {}

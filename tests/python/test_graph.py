@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import llmprune
+from llmprune.apart import Around
 from llmprune.errors import InputError, LlmpruneError, PlanError
 from llmprune.graph import Axis, Graph
 
@@ -158,7 +159,7 @@ def test_sizes_and_positions_are_those_of_the_compacted_model(llama: nn.Module, 
 
 def test_a_ragged_choice_takes_other_query_heads_from_each_key_value_head(graph: Graph) -> None:
     (query, *_), (head, *_) = prunable(graph, "query"), prunable(graph, "head")
-    assert graph.outer(query.id) == head.id
+    assert graph.around(query.id) == Around((head.id,), 3, False)
     kept = graph.kept({query.id: np.array([[0], [1], [0]])})
     rows = np.arange(48).reshape(3, 2, 8)
     expected = np.concatenate([rows[0, 1], rows[1, 0], rows[2, 1]])
