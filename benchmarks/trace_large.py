@@ -24,12 +24,12 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
-from _measure import Claim, in_own_process, interleaved, medians, peak_over, save
+from _measure import Claim, in_own_process, interleaved, medians, save
+from _meta import bare, extra_bytes
 from torch import nn
 
 import llmprune
 
-BATCH, LENGTH = 2, 7
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -119,27 +119,6 @@ def build(name: str, layers: int | None = None) -> nn.Module:
     return model
 
 
-def bare(model: nn.Module) -> None:
-    """One forward pass on meta tensors."""
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
-    mask = torch.zeros(BATCH, 1, LENGTH, LENGTH, device="meta")
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-
-
-def memory(name: str) -> None:
-    """Print the bytes a trace adds to a process that holds the built model, and those a bare forward adds."""
-    model = build(name)
-    small = build(name, 4)  # what is loaded once is not the model's
-    bare(small)
-    llmprune.trace(small)
-    print(
-        json.dumps(
-            {"bare": peak_over(lambda: bare(model)), "trace": peak_over(lambda: llmprune.trace(model))}
-        )
-    )
-
-
 def measure(name: str, repeats: int) -> dict[str, Any]:
     """One model's figures."""
     depth = MODELS[name][1]["num_hidden_layers"]
@@ -187,7 +166,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.memory_of:
-        memory(arguments.memory_of)
+        name = arguments.memory_of
+        print(json.dumps(extra_bytes(build(name), build(name, 4))))
         return
     claims, figures = [], {}
     for name in arguments.models:

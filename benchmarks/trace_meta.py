@@ -20,12 +20,12 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import torch
 import transformers
-from _measure import Claim, in_own_process, interleaved, medians, peak_over, save
+from _measure import Claim, in_own_process, interleaved, medians, save
+from _meta import bare, extra_bytes
 from torch import nn
 
 import llmprune
 
-BATCH, LENGTH = 2, 7
 SIZES = {
     "8B": {
         "hidden_size": 4096,
@@ -51,27 +51,6 @@ def build(size: str, **changes: int) -> nn.Module:
         return transformers.LlamaForCausalLM(config).eval()
 
 
-def bare(model: nn.Module) -> None:
-    """One forward pass on meta tensors."""
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
-    mask = torch.zeros(BATCH, 1, LENGTH, LENGTH, device="meta")
-    with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-
-
-def memory(size: str) -> None:
-    """Print the bytes a trace adds to a process that holds the built model, and those a bare forward adds."""
-    model = build(size)
-    small = build("8B", num_hidden_layers=1)  # what is loaded once is not the model's
-    bare(small)
-    llmprune.trace(small)
-    print(
-        json.dumps(
-            {"bare": peak_over(lambda: bare(model)), "trace": peak_over(lambda: llmprune.trace(model))}
-        )
-    )
-
-
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(
@@ -83,7 +62,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.memory_of:
-        memory(arguments.memory_of)
+        size = arguments.memory_of
+        print(json.dumps(extra_bytes(build(size), build("8B", num_hidden_layers=1))))
         return
     claims, figures = [], {}
     for size in arguments.models:

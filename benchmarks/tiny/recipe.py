@@ -149,7 +149,9 @@ def build(recipe: Recipe, attention: str = "eager", seed: int = 0) -> nn.Module:
                 parameter.copy_(draws * scale + float(one))
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0.0  # as torch has it, and as some classes set it on loading
+                module.weight[module.padding_idx] = (
+                    0.0  # as torch has it, and as some classes set it on loading
+                )
     return model
 
 
