@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, Member
     from llmprune.plan import Plan, plan
     from llmprune.prune import Report, prune
+    from llmprune.request import measure_request
     from llmprune.rules import Registration, register_rule
     from llmprune.score import Scores, score
     from llmprune.trace import trace
@@ -49,6 +50,7 @@ __all__ = [
     "errors",
     "evaluate",
     "from_pretrained",
+    "measure_request",
     "plan",
     "prune",
     "register_rule",
@@ -72,6 +74,7 @@ _HOME = {
     "doctor": "doctor",
     "evaluate": "evaluate",
     "from_pretrained": "checkpoint",
+    "measure_request": "request",
     "plan": "plan",
     "prune": "prune",
     "register_rule": "rules",

@@ -34,7 +34,7 @@ def check_choice(
     allocation: str = "uniform",
     protect_first: int | None = None,
     protect_last: int | None = None,
-    round_to: int = 1,
+    round_to: int | str = 1,
     norms: str = "rescaled",
 ) -> None:
     """Refuse what :func:`llmprune.plan` refuses of these arguments for any graph.
@@ -45,7 +45,7 @@ def check_choice(
         allocation: how the budget is shared out.
         protect_first: layers left whole at the start.
         protect_last: layers left whole at the end.
-        round_to: kept FFN channels per layer are a multiple of this.
+        round_to: kept FFN channels per layer are a multiple of this, or ``auto``.
         norms: what a norm becomes that loses positions.
 
     Raises:
@@ -71,10 +71,11 @@ def check_choice(
     for name, value, least in (
         ("protect_first", protect_first, 0),
         ("protect_last", protect_last, 0),
-        ("round_to", round_to, 1),
+        ("round_to", 1 if round_to == "auto" else round_to, 1),
     ):
         if value is not None and (not isinstance(value, int) or value < least):
-            raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+            other = " or 'auto'" if name == "round_to" else ""
+            raise InputError(f"{name} must be an integer of at least {least}{other}, not {value!r}")
 
 
 def check_kinds(kinds: Sequence[str]) -> None:

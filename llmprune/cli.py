@@ -87,8 +87,19 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", metavar="N", help="or bytes of weights and, with --context, cache: 10GB, 10GiB or 0.8x"
     )
     prune.add_argument("--macs", metavar="N", help="or multiply-accumulates per token: 3.2G or 0.8x")
-    prune.add_argument("--context", type=int, metavar="N", help="for --memory: tokens in the cache")
-    prune.add_argument("--batch", type=int, metavar="N", help="for --memory: sequences in the cache (1)")
+    prune.add_argument(
+        "--latency", metavar="T", help="or the time of a request on this machine, measured: 35ms or 0.8x"
+    )
+    prune.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="for --memory: tokens in the cache; for --latency: of the prompt (128)",
+    )
+    prune.add_argument("--batch", type=int, metavar="N", help="for these two: sequences (1)")
+    prune.add_argument(
+        "--new-tokens", type=int, metavar="N", help="for --latency: steps after the prompt (32)"
+    )
     prune.add_argument(
         "--importance",
         default="element1",
@@ -129,7 +140,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--protect-last", type=int, metavar="N", help="layers left whole at the end (2 of 32)")
     prune.add_argument(
-        "--round-to", type=int, default=1, metavar="N", help="keep FFN channels in multiples of this"
+        "--round-to",
+        type=_multiple,
+        default=1,
+        metavar="N",
+        help="keep FFN channels in multiples of this; auto: of what is fast on this machine",
     )
     prune.add_argument(
         "--norms", default="rescaled", help="RMS norms over removed channels: rescaled or kept (%(default)s)"
@@ -177,6 +192,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _multiple(text: str) -> int | str:
+    """A number, or ``auto``."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
 def _ratio(text: str) -> float | dict[str, float]:
     """``0.2``, or ``head=0.25,ffn=0.2``."""
     try:
@@ -209,7 +232,7 @@ def _prune(options: argparse.Namespace) -> None:
     from llmprune.prune import announcer, check_options, prune, save
     from llmprune.score import calibration_for, check_scoring
     from llmprune.stages import Stages
-    from llmprune.targets import ratio_of, target_of
+    from llmprune.targets import UNITS, ratio_of, target_of
 
     check_options(
         options.repair,
@@ -219,9 +242,8 @@ def _prune(options: argparse.Namespace) -> None:
         options.overwrite,
         options.form,
     )
-    target = target_of(
-        options.context, options.batch, params=options.params, memory=options.memory, macs=options.macs
-    )
+    goals = {kind: getattr(options, kind) for kind in UNITS}
+    target = target_of(options.context, options.batch, options.new_tokens, **goals)
     options.ratio = ratio_of(options.ratio, target)
     wanted = tuple(options.ratio) if isinstance(options.ratio, dict) else options.kinds
     check_scoring(options.importance, options.aggregation, options.calibration, wanted)
@@ -267,11 +289,10 @@ def _prune(options: argparse.Namespace) -> None:
         protect_last=options.protect_last,
         round_to=options.round_to,
         norms=options.norms,
-        params=options.params,
-        memory=options.memory,
-        macs=options.macs,
+        **goals,
         context=options.context,
         batch=options.batch,
+        new_tokens=options.new_tokens,
         scope=options.scope,
         seed=options.seed,
         repair=options.repair,

@@ -56,6 +56,8 @@ class Footprint:
     Attributes:
         itemsizes: parameter or buffer -> bytes per element.
         dtype: the commonest type of the parameters, as torch names it (``bfloat16``).
+        device: the kind of device they lie on; ``cpu`` for a model on the meta device.
+        caches: whether the model can keep a cache.
         tape: the recording with the cache on; None where that was not asked for, or the model keeps no cache.
         held: the cache's tensors.
         recorded: whether a cache was looked for.
@@ -63,6 +65,8 @@ class Footprint:
 
     itemsizes: dict[str, int]
     dtype: str
+    device: str
+    caches: bool
     tape: Tape | None = None
     held: list[Held] = field(default_factory=list)
     recorded: bool = False
@@ -79,7 +83,7 @@ class Footprint:
             for one in data["held"]
         ]
         tape = None if data["tape"] is None else Tape.from_json(data["tape"])
-        return cls(dict(data["itemsizes"]), data["dtype"], tape, held, data["recorded"])
+        return cls(**{**data, "itemsizes": dict(data["itemsizes"]), "tape": tape, "held": held})
 
 
 def footprint_of(model: nn.Module, cache: bool) -> Footprint:
@@ -97,9 +101,11 @@ def footprint_of(model: nn.Module, cache: bool) -> Footprint:
     found = Footprint(
         {name: tensor.element_size() for name, tensor in tensors.items()},
         max(counts, key=lambda name: counts[name]) if counts else "float32",
+        next((p.device.type for p in model.parameters() if not p.is_meta), "cpu"),
+        "use_cache" in inspect.signature(model.forward).parameters,
         recorded=cache,
     )
-    if not cache or "use_cache" not in inspect.signature(model.forward).parameters:
+    if not cache or not found.caches:
         return found
     tape, wider, longer = (
         _record(model, batch, length)

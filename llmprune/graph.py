@@ -374,9 +374,14 @@ class Graph:
         prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
         if not prefixes:
             return int(self._core.macs(self._counts(removed)))
-        each = self._core.macs_each(self._counts(removed))
+        each = self.macs_each(removed)
         gone = [f"{scope}.".startswith(prefixes) for scope in self.tape.scopes]
         return int(sum(each[number] for number, op in enumerate(self.tape.ops) if not gone[op[4]]))
+
+    def macs_each(self, removed: Mapping[int, int]) -> IntArray:
+        """The same for each operation on the tape."""
+        counts: IntArray = self._core.macs_each(self._counts(removed))
+        return counts
 
     def tensor_of(self, name: str) -> int:
         """The number on the tape of a parameter or buffer, by its canonical name."""

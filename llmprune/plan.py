@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,45 +36,20 @@ from llmprune.layer_choice import (
 )
 from llmprune.layers import Drop, LayerAxis
 from llmprune.norms import Norm, Rescale, rescales
+from llmprune.request import fast_multiple
+from llmprune.runs import decode_indices, decode_rows, encode_indices, encode_rows
 from llmprune.scope import resolve, under
 from llmprune.sublayers import Part, PartAxis, split
 from llmprune.targets import Goal, Target, target_of
 
 if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, MarkedOp
+    from llmprune.request import Request
 
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
 
 _FORMAT = 1
-
-
-def encode_indices(indices: Iterable[int]) -> str:
-    """Sorted non-negative integers as runs, ``"0-4,6,9-12"``."""
-    values = np.asarray(list(indices) if not isinstance(indices, np.ndarray) else indices, dtype=np.int64)
-    if not values.size:
-        return ""
-    breaks = np.flatnonzero(np.diff(values) != 1)
-    first, last = values[np.r_[0, breaks + 1]], values[np.r_[breaks, values.size - 1]]
-    return ",".join(
-        str(a) if a == b else f"{a}-{b}" for a, b in zip(first.tolist(), last.tolist(), strict=True)
-    )
-
-
-def decode_indices(text: str) -> Indices:
-    """The inverse of :func:`encode_indices`."""
-    runs = [part.partition("-") for part in text.split(",") if part]
-    parts = [np.arange(int(a), int(b or a) + 1, dtype=np.int64) for a, _, b in runs]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def _encoded(indices: Indices) -> str | list[str]:
-    """Indices as runs; of an array of rows, each row's."""
-    return encode_indices(indices) if indices.ndim == 1 else [encode_indices(row) for row in indices]
-
-
-def _decoded(text: str | list[str]) -> Indices:
-    return decode_indices(text) if isinstance(text, str) else np.stack([*map(decode_indices, text)])
 
 
 @dataclass(eq=False)
@@ -123,9 +98,9 @@ class Plan:
         """The plan as a JSON object; index lists as runs."""
         return {
             "format": _FORMAT,
-            "removed": {str(axis): _encoded(indices) for axis, indices in self.removed.items()},
+            "removed": {str(axis): encode_rows(indices) for axis, indices in self.removed.items()},
             "kept": {
-                name: {str(dim): _encoded(kept) for dim, kept in dims.items()}
+                name: {str(dim): encode_rows(kept) for dim, kept in dims.items()}
                 for name, dims in self.kept.items()
             },
             "attributes": [asdict(attribute) for attribute in self.attributes],
@@ -153,9 +128,9 @@ class Plan:
             raise PlanError(f"this is no pruning plan of format {_FORMAT} (found {data.get('format')!r})")
         try:
             return cls(
-                removed={int(axis): _decoded(text) for axis, text in data["removed"].items()},
+                removed={int(axis): decode_rows(text) for axis, text in data["removed"].items()},
                 kept={
-                    name: {int(dim): _decoded(text) for dim, text in dims.items()}
+                    name: {int(dim): decode_rows(text) for dim, text in dims.items()}
                     for name, dims in data["kept"].items()
                 },
                 attributes=[Attribute(**attribute) for attribute in data["attributes"]],
@@ -253,20 +228,23 @@ def plan(
     allocation: str = "uniform",
     protect_first: int | None = None,
     protect_last: int | None = None,
-    round_to: int = 1,
+    round_to: int | str = 1,
     scope: str | None = None,
     seed: int = 0,
     norms: str = "rescaled",
     params: float | str | None = None,
     memory: float | str | None = None,
     macs: float | str | None = None,
+    latency: float | str | None = None,
     context: int | None = None,
     batch: int | None = None,
+    new_tokens: int | None = None,
+    measured: Request | None = None,
 ) -> Plan:
     """Choose what to remove.
 
-    One of ``ratio``, ``params``, ``memory``, ``macs`` (with ``scores``) and ``removed`` is given. The choice is
-    deterministic: equal scores go by index.
+    One of ``ratio``, a target (``params``, ``memory``, ``macs``, ``latency``; all with ``scores``) and ``removed`` is
+    given. The choice is deterministic: equal scores go by index.
 
     Args:
         graph: the traced model.
@@ -284,7 +262,8 @@ def plan(
             normalised score; the formula is in :mod:`llmprune.allocation`).
         protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32.
         protect_last: layers left whole at its end; None scales the paper's 2 of 32.
-        round_to: kept FFN channels per layer must be a multiple of this.
+        round_to: kept FFN channels per layer must be a multiple of this; ``auto`` takes the one that is fast on this
+            machine (:func:`llmprune.request.fast_multiple`).
         scope: path of a module, or the end of just one (``vision_tower``); only axes all of whose parameters lie under
             it may give.
         seed: recorded in the plan; nothing here is random.
@@ -297,9 +276,13 @@ def plan(
         memory: the most bytes of weights, buffers and cache, a number or ``10GB``, ``10GiB``; or ``0.8x``.
         macs: the most multiply-accumulates per token of the recorded pass (:meth:`Graph.macs`), a number or ``3.2G``;
             or ``0.8x``.
+        latency: the most time of a request on this machine, a number of milliseconds, ``35ms``, or ``0.8x``; foreseen
+            from timed shapes (:mod:`llmprune.request`).
         context: for ``memory``, tokens of each sequence in the cache (of a graph traced with ``cache=True``); without
-            it weights and buffers alone count.
-        batch: for ``memory``, sequences in the cache; 1 by default.
+            it weights and buffers alone count. For ``latency``, tokens of the prompt; 128 by default.
+        batch: for ``memory`` and ``latency``, sequences; 1 by default.
+        new_tokens: for ``latency``, steps after the prompt; 32 by default.
+        measured: for ``latency``, what :func:`llmprune.measure_request` found for the same request.
 
     Returns:
         The plan, closed over ties: it may remove more than asked where sizes are tied, and never fewer.
@@ -308,7 +291,7 @@ def plan(
         InputError: an argument outside its domain.
         PlanError: an impossible demand, a frozen axis, or scores of another model.
     """
-    target = target_of(context, batch, params=params, memory=memory, macs=macs)
+    target = target_of(context, batch, new_tokens, params=params, memory=memory, macs=macs, latency=latency)
     if [ratio, removed, target].count(None) != 2:
         raise InputError(
             "plan needs either a ratio or one target (with scores), or explicit indices in removed, not both"
@@ -339,6 +322,8 @@ def plan(
             round_to=round_to,
             norms=norms,
         )
+        if round_to == "auto":
+            round_to = fast_multiple(graph)
         options |= {
             "ratio": dict(ratio) if isinstance(ratio, Mapping) else None if ratio is None else float(ratio),
             "kinds": list(ratio) if isinstance(ratio, Mapping) else list(kinds),
@@ -355,7 +340,7 @@ def plan(
         if target is None:
             wanted, chosen = _choose(graph, system, checked, options)
         else:
-            wanted, chosen, options["target"] = _reach(graph, system, checked, options, target)
+            wanted, chosen, options["target"] = _reach(graph, system, checked, options, target, measured)
     chosen, drops, wanted, counts, changed = _closed(graph, system, wanted, chosen)
     layers, parts = split(drops)
     prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
@@ -508,10 +493,15 @@ def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[i
 
 
 def _reach(
-    graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any], target: Target
+    graph: Graph,
+    system: System,
+    scores: _Checked,
+    options: Mapping[str, Any],
+    target: Target,
+    measured: Request | None,
 ) -> tuple[dict[int, Indices], Chosen, dict[str, Any]]:
     """What to remove for a target, as :func:`_choose` has it, and what the plan says of the target."""
-    goal = Goal(graph, target)
+    goal = Goal(graph, target, options["kinds"], measured)
     weighed = goal.graph
 
     def cost(choice: tuple[dict[int, Indices], Chosen]) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Graph
     from llmprune.plan import Plan
     from llmprune.repair import Repair
+    from llmprune.request import Request
     from llmprune.verify import Verification
 
 REPAIRS = ("auto", "ls", "none")
@@ -52,6 +53,7 @@ class Report:
         ratio: what was asked for: a share of the parameters, or kind -> share of its groups; None for a target.
         target: what was asked for instead, with what was reached (``kind``, ``asked``, ``limit``, ``before``,
             ``reached``, ...; :class:`llmprune.targets.Target`).
+        latency: a request before and after, measured; for a target of latency.
         plan: the :class:`llmprune.plan.Plan` that was applied.
         verification: the comparison with the masked reference; None if it was switched off.
         repair: what the repair found; None if there was none.
@@ -79,6 +81,7 @@ class Report:
     seed: int
     calibration_hash: str | None
     target: dict[str, Any] | None = None
+    latency: tuple[Request, Request] | None = None
     repair: Repair | None = None
     notes: list[str] = field(default_factory=list)
     unknown_operations: dict[str, int] = field(default_factory=dict)
@@ -104,6 +107,9 @@ class Report:
             "model": self.model,
             "ratio": {"asked": self.ratio, "parameters": self.removed},
             "target": self.target,
+            "latency": None
+            if self.latency is None
+            else {when: one.to_json() for when, one in zip(("before", "after"), self.latency, strict=True)},
             "before": asdict(self.before),
             "after": asdict(self.after),
             "axes": [{"axis": axis, **summary} for axis, summary in self.plan.axes.items()],
@@ -142,15 +148,17 @@ def prune(
     allocation: str = "uniform",
     protect_first: int | None = None,
     protect_last: int | None = None,
-    round_to: int = 1,
+    round_to: int | str = 1,
     scope: str | None = None,
     seed: int = 0,
     norms: str = "rescaled",
     params: float | str | None = None,
     memory: float | str | None = None,
     macs: float | str | None = None,
+    latency: float | str | None = None,
     context: int | None = None,
     batch: int | None = None,
+    new_tokens: int | None = None,
     inputs: Mapping[str, Any] | None = None,
     repair: str = "auto",
     repair_calibration: Any = None,
@@ -180,15 +188,17 @@ def prune(
         allocation: ``uniform`` or ``global``.
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
-        round_to: kept FFN channels per layer are a multiple of this.
+        round_to: kept FFN channels per layer are a multiple of this; ``auto`` takes what is fast on this machine.
         scope: path of a module, or the end of just one (``vision_tower``); only what lies under it may give.
         seed: of the importance ``random``.
         norms: ``rescaled`` or ``kept``, as for :func:`llmprune.plan`.
         params: a target in place of the ratio, as for :func:`llmprune.plan`: the most parameters to be left.
         memory: the most bytes of weights, buffers and cache.
         macs: the most multiply-accumulates per token.
-        context: for ``memory``, tokens of each sequence in the cache.
-        batch: for ``memory``, sequences in the cache.
+        latency: the most time of a request on this machine. The request is measured before and after, too.
+        context: for ``memory``, tokens of each sequence in the cache; for ``latency``, of the prompt.
+        batch: for these two, sequences.
+        new_tokens: for ``latency``, steps after the prompt.
         inputs: as for :func:`llmprune.trace`.
         repair: ``ls`` gives what stays new weights by least squares (:mod:`llmprune.repair`), ``none`` leaves them;
             ``auto`` is ``ls`` wherever there are calibration data.
@@ -212,13 +222,14 @@ def prune(
     from llmprune.compact import compact
     from llmprune.plan import plan as make_plan
     from llmprune.repair import repair as repair_plan
+    from llmprune.request import fitting, measure_request
     from llmprune.score import check_scoring, long_calibration, score
     from llmprune.targets import ratio_of, target_of
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
 
     check_options(repair, repair_calibration, calibration, output, overwrite, form)
-    target = target_of(context, batch, params=params, memory=memory, macs=macs)
+    target = target_of(context, batch, new_tokens, params=params, memory=memory, macs=macs, latency=latency)
     ratio = ratio_of(ratio, target)
     wanted = tuple(ratio) if isinstance(ratio, Mapping) else kinds
     check_scoring(importance, aggregation, calibration, wanted)
@@ -234,8 +245,14 @@ def prune(
     clock = Stages(announcer(quiet)) if stages is None else stages
     bytes_before = model_bytes(model)
     with clock.stage("trace", "recording one forward pass"):
-        graph = trace(model, inputs, cache=bool(context))
+        graph = trace(model, inputs, cache=bool(context and memory))
         scope = resolve(graph.parameters, scope) if scope else None
+    measured = None
+    if target is not None and target.kind == "latency":
+        context = fitting(getattr(model, "config", None), context)
+        request = (context, target.batch, target.new_tokens)
+        with clock.stage("latency before", "timing a request to the whole model"):
+            measured = measure_request(model, *request)
     with clock.stage("score", f"scoring coupled groups by {importance}"):
         scores = score(
             model,
@@ -261,11 +278,14 @@ def prune(
             scope=scope,
             seed=seed,
             norms=norms,
+            context=context,
+            batch=batch,
+            new_tokens=new_tokens,
             params=params,
             memory=memory,
             macs=macs,
-            context=context,
-            batch=batch,
+            latency=latency,
+            measured=measured,
         )
     repaired = None
     if repair != "none" and (calibration is not None or repair_calibration is not None):
@@ -285,6 +305,10 @@ def prune(
     macs = graph.macs(counts, [*plan.layers, *plan.sublayers]) // tokens
     with clock.stage("compact", "taking the slices out"):
         compact(model, plan, weights)
+    timed = None
+    if measured is not None:
+        with clock.stage("latency after", "timing a request to the pruned model"):
+            timed = (measured, measure_request(model, *request))
     report = Report(
         model=type(model).__name__,
         before=before,
@@ -298,6 +322,7 @@ def prune(
         seed=seed,
         calibration_hash=scores.calibration_hash,
         target=plan.options.get("target"),
+        latency=timed,
         repair=repaired,
         notes=list(graph.tape.notes),
         unknown_operations=graph.unknown_operations,

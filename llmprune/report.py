@@ -58,6 +58,7 @@ def render(report: Report) -> str:
     if report.target is not None and report.target["kind"] == "memory" and report.target["context"]:
         whole, left = report.target["before"], report.target["reached"]
         rows.append(["size with cache", memory(whole), memory(left), _change(whole, left)])
+    rows += _latency_rows(report)
     if report.perplexity is not None:
         dense, pruned = report.perplexity
         rows.append(["perplexity", f"{dense:.2f}", f"{pruned:.2f}", _change(dense, pruned)])
@@ -87,6 +88,7 @@ def render(report: Report) -> str:
         *report.notes,
         *unknown(report.unknown_operations),
         *([] if report.repair is None else [str(report.repair)]),
+        *_latency_notes(report),
         verified,
     ]
     if report.output is not None:
@@ -107,6 +109,38 @@ def unknown(operations: Mapping[str, int]) -> list[str]:
         f"{total} operation{'s' if total > 1 else ''} without a rule froze what they touch: {names}; "
         "llmprune.register_rule gives them one"
     ]
+
+
+def _latency_rows(report: Report) -> list[list[str]]:
+    """Measured times, by the wall's clock."""
+    if report.latency is None:
+        return []
+    before, after = report.latency
+    pairs = [(f"prompt of {before.context}", before.prefill, after.prefill)]
+    if before.decode is not None and after.decode is not None:
+        pairs.append(("step", before.decode, after.decode))
+    return [[name, str(old), str(new), _change(old.median, new.median)] for name, old, new in pairs]
+
+
+def _latency_notes(report: Report) -> list[str]:
+    """The prediction beside what was measured, and whether the machine was quiet enough for it."""
+    if report.latency is None or report.target is None:
+        return []
+    before, after = report.latency
+    foreseen = report.target["reached"] / report.target["before"]
+    steps = f" and {before.new_tokens} steps" if before.decode is not None else ""
+    lines = [
+        f"latency of {before.batch} x {before.context} tokens{steps}: foreseen {foreseen:.3f}x, measured "
+        f"{after.seconds / before.seconds:.3f}x (processor time {before.seconds * 1e3:.4g} ms -> "
+        f"{after.seconds * 1e3:.4g} ms)"
+    ]
+    if before.noisy or after.noisy:
+        spread = max(one.spread for r in (before, after) for one in (r.prefill, r.decode) if one is not None)
+        lines.append(
+            f"warning: the machine is noisy (times spread over {spread:.0%} of their median): trust these times "
+            "only after another measurement on a quiet one"
+        )
+    return lines
 
 
 def _asked(report: Report) -> str:

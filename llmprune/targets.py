@@ -17,9 +17,11 @@ from llmprune.footprint import Memory
 from llmprune.graph import Graph
 from llmprune.report import memory as in_bytes
 from llmprune.report import quantity
+from llmprune.request import CONTEXT, NEW_TOKENS, RequestTime
 
 if TYPE_CHECKING:
     from llmprune.layers import Drop
+    from llmprune.request import Request
     from llmprune.sublayers import Part
 
 Cost = Callable[[Mapping[int, int], "Sequence[Drop | Part]"], int]
@@ -31,10 +33,16 @@ _BYTES = {"": 1.0, "b": 1.0} | {
     for power, prefix in enumerate("kmgt", 1)
     for unit, base in (("b", 1000), ("ib", 1024))
 }
-UNITS: dict[str, dict[str, float]] = {"params": _COUNTS, "memory": _BYTES, "macs": _COUNTS}
+_TIMES = {"": 1e-3, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+UNITS: dict[str, dict[str, float]] = {
+    "params": _COUNTS,
+    "memory": _BYTES,
+    "macs": _COUNTS,
+    "latency": _TIMES,
+}
 """Kind of target -> suffix (in lower case) -> what it multiplies by."""
 
-_EXAMPLES = {"params": "5.4B", "memory": "10GB", "macs": "3.2G"}
+_EXAMPLES = {"params": "5.4B", "memory": "10GB", "macs": "3.2G", "latency": "35ms"}
 _TRIES = 24
 
 
@@ -44,12 +52,14 @@ class Target:
 
     Attributes:
         kind: ``params``; ``memory`` (bytes of weights, buffers and cache); ``macs`` (multiply-accumulates per token of
-            the recorded pass, or of the whole pass for a model without ``input_ids``).
+            the recorded pass, or of the whole pass for a model without ``input_ids``); ``latency`` (seconds of a
+            request, :mod:`llmprune.request`).
         asked: as it was given.
         value: the limit; a share of the unpruned model's cost where ``relative``.
         relative: whether it was given as ``0.8x``.
         context: tokens of each sequence.
         batch: sequences.
+        new_tokens: of a request, steps after its prompt.
     """
 
     kind: str
@@ -58,6 +68,7 @@ class Target:
     relative: bool
     context: int
     batch: int
+    new_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The target as a JSON object."""
@@ -65,37 +76,51 @@ class Target:
 
     def show(self, cost: float) -> str:
         """A cost in the target's unit."""
+        if self.kind == "latency":
+            return f"{cost * 1e3:.4g} ms"
         return in_bytes(cost) if self.kind == "memory" else quantity(cost)
 
 
-def target_of(context: int | None = None, batch: int | None = None, **given: Any) -> Target | None:
+def target_of(
+    context: int | None = None, batch: int | None = None, new_tokens: int | None = None, **given: Any
+) -> Target | None:
     """The target among keyword arguments; None where all of them are None.
 
     Args:
-        context: tokens in the cache.
-        batch: sequences in the cache.
-        given: kind of target -> a number, or a number with a suffix (``5.4B``, ``10GB``, ``10GiB``, ``0.8x``), or None.
+        context: tokens in the cache, or of the prompt.
+        batch: sequences in the cache, or in the request.
+        new_tokens: steps of the request after its prompt.
+        given: kind of target -> a number, or a number with a suffix (``5.4B``, ``10GB``, ``10GiB``, ``35ms``,
+            ``0.8x``), or None.
 
     Raises:
-        InputError: more than one, one that is no such number, or a context or batch that no target given reads.
+        InputError: more than one, one that is no such number, or a context, batch or new_tokens that the target does
+            not read.
     """
     named = {kind: value for kind, value in given.items() if value is not None}
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are given: give one target")
-    for name, size, least in (("context", context, 0), ("batch", batch, 1)):
+    for name, size, least, readers in (
+        ("context", context, 0, ("memory", "latency")),
+        ("batch", batch, 1, ("memory", "latency")),
+        ("new_tokens", new_tokens, 0, ("latency",)),
+    ):
         if size is None:
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < least:
             raise InputError(f"{name} must be an integer of at least {least}, not {size!r}")
-        if "memory" not in named:
+        if not set(readers) & set(named):
             raise InputError(
-                f"a {name} counts for a target of memory only: give memory as well, or leave it out"
+                f"{name} counts for a target of {' or '.join(readers)} only: give that as well, or leave it out"
             )
     if not named:
         return None
     ((kind, value),) = named.items()
     number, relative = _parse(kind, value)
-    return Target(kind, str(value), number, relative, context or 0, batch or 1)
+    if kind == "latency":
+        context = CONTEXT if context is None else max(1, context)
+        new_tokens = NEW_TOKENS if new_tokens is None else new_tokens
+    return Target(kind, str(value), number, relative, context or 0, batch or 1, new_tokens or 0)
 
 
 def ratio_of(
@@ -124,8 +149,8 @@ def _parse(kind: str, value: Any) -> tuple[float, bool]:
         if not 0 < number < 1:
             raise InputError(f"a relative target lies between 0x and 1x, not at {value}")
         return number, True
-    if number * units[found[2]] < 1:
-        raise InputError(f"{kind} must be at least 1, not {value!r}")
+    if number * units[found[2]] < (1e-9 if kind == "latency" else 1):
+        raise InputError(f"{kind} must be at least {'1ns' if kind == 'latency' else 1}, not {value!r}")
     return number * units[found[2]], False
 
 
@@ -147,6 +172,8 @@ class Goal:
     Args:
         graph: the traced model.
         target: what was asked for.
+        kinds: kinds of axes that may give.
+        measured: for ``latency``, what the model takes as it is, where that was measured.
 
     Attributes:
         graph: the graph that counts the target's cost.
@@ -158,7 +185,9 @@ class Goal:
         PlanError: the model keeps the limit as it is, or its fixed part alone exceeds it.
     """
 
-    def __init__(self, graph: Graph, target: Target) -> None:
+    def __init__(
+        self, graph: Graph, target: Target, kinds: Sequence[str] = (), measured: Request | None = None
+    ) -> None:
         self.target = target
         self.per = 1
         self._parts = ""
@@ -175,6 +204,10 @@ class Goal:
 
             self.per = traced_tokens(graph) or 1
             self.graph = Weighed(graph, graph.macs)
+        elif target.kind == "latency":
+            self.per = 10**9
+            request = (target.context, target.batch, target.new_tokens)
+            self.graph = Weighed(graph, RequestTime(graph, kinds, *request, measured))
         else:
             self.graph = graph
         self.before = self.graph.numel({})

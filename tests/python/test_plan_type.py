@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sized_graph import decoder
 
 from llmprune.errors import InputError, PlanError
-from llmprune.plan import Plan, decode_indices, encode_indices, plan
+from llmprune.plan import Plan, plan
+from llmprune.runs import decode_indices, encode_indices
 
 PLAN: Any = plan  # the stand-in graph is no llmprune.graph.Graph
 

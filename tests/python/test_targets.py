@@ -204,7 +204,7 @@ def test_the_nearest_that_is_said_can_be_reached() -> None:
         ({"macs": "1.2x"}, "between 0x and 1x"),
         ({"macs": 0}, "macs must be at least 1"),
         ({"params": 5, "macs": 5}, "params and macs are given: give one target"),
-        ({"params": 5, "batch": 2}, "a batch counts for a target of memory only"),
+        ({"params": 5, "batch": 2}, "batch counts for a target of memory or latency only"),
         ({"memory": 5, "context": 1.5}, "context must be an integer"),
     ],
 )
