@@ -74,6 +74,11 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+def peak_resident() -> int:
+    """The most bytes of resident memory that the process has had since it began (Linux)."""
+    return _status("VmHWM")
+
+
 def peak_over(work: Callable[[], Any]) -> int:
     """Bytes by which the process's resident memory rose, at most, above what it was before ``work`` (Linux)."""
     gc.collect()

@@ -6,6 +6,10 @@ a sample, Ma et al. 2023) and Torch-Pruning's GroupTaylorImportance. Each memory
 weights in a process of its own. The floor is the floating-point operations of one forward and backward pass over
 every matrix, at the framework's measured matrix rate.
 
+Streaming is measured on the same model written to a folder, in processes of their own: the peak of the whole process
+against that of one which loads the model and runs plain forward and backward, and the CPU time of scoring, reading the
+weights included, against that of the pass.
+
 usage: python benchmarks/importance.py [--layers 16] [--repeats 3]
 """
 
@@ -15,13 +19,26 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import torch
 import transformers
-from _measure import Claim, in_own_process, interleaved, matmul_rate, medians, peak_over, save
+from _measure import (
+    Claim,
+    cpu_seconds,
+    in_own_process,
+    interleaved,
+    matmul_rate,
+    medians,
+    paired,
+    peak_over,
+    peak_resident,
+    save,
+)
 from torch import nn
 
 import llmprune
@@ -161,6 +178,48 @@ def memory_of(name: str, layers: int) -> int:
     return peak_over(found[name])
 
 
+def whole_process(name: str, folder: str) -> dict:
+    """Peak bytes of this process and CPU seconds of one case on the model in a folder: plain, or an importance."""
+    ids = sample_ids()
+    if name == "plain":
+        model = llmprune.from_pretrained(folder)
+        seconds = [cpu_seconds(lambda: plain(model, ids)) for _ in range(2)]
+    else:
+        model = llmprune.open_model(folder)
+        graph = llmprune.trace(model)
+        seconds = [
+            cpu_seconds(lambda: llmprune.score(model, graph, ids, importance=name, quiet=True))
+            for _ in range(2)
+        ]
+    return {"peak": peak_resident(), "seconds": seconds}
+
+
+def streamed(layers: int, repeats: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """CPU seconds and peak bytes of plain and of the streamed importances, each in processes of its own, in turn."""
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = str(Path(place) / "model")
+        in_own_process(__file__, "--write", folder, "--layers", str(layers))
+        for _ in range(repeats):
+            for name in ("plain", "element1", "element2"):
+                found = in_own_process(__file__, "--whole", name, "--folder", folder)
+                seconds.setdefault(name, []).extend(found["seconds"])
+                peaks[name] = max(peaks.get(name, 0), found["peak"])
+                print(f"streamed, {name}: {found}", file=sys.stderr, flush=True)
+    return seconds, peaks
+
+
+def streamed_claims(seconds: dict[str, list[float]], peaks: dict[str, int]) -> list[Claim]:
+    """What streaming costs beside plain forward and backward."""
+    worst = max(peaks["element1"], peaks["element2"])
+    slowest = max(paired(seconds, name, "plain") for name in ("element1", "element2"))
+    return [
+        Claim("streamed / plain, peak memory of the whole process", worst / peaks["plain"], 0.35),
+        Claim("streamed / plain forward and backward, CPU time", slowest, 1.6),
+    ]
+
+
 def main() -> int:
     """Measure, print, save; 1 if a claim fails."""
     parser = argparse.ArgumentParser(
@@ -169,8 +228,25 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", metavar="CASE", help="measure one case's memory and print it (internal)")
+    parser.add_argument("--write", metavar="DIR", help="write the model there (internal)")
+    parser.add_argument("--whole", metavar="CASE", help="measure a whole process on --folder (internal)")
+    parser.add_argument("--folder", metavar="DIR", help="a model that --write has written (internal)")
+    parser.add_argument(
+        "--only-streamed", action="store_true", help="measure streaming alone; nothing is saved"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.write:
+        build(options.layers).save_pretrained(options.write)
+        print("0")
+        return 0
+    if options.whole:
+        print(json.dumps(whole_process(options.whole, options.folder)))
+        return 0
+    if options.only_streamed:
+        claims = streamed_claims(*streamed(options.layers, options.repeats))
+        print(*claims, sep="\n")
+        return 0 if all(claim.holds for claim in claims) else 1
     if options.memory:
         print(json.dumps(memory_of(options.memory, options.layers)))
         return 0
@@ -186,6 +262,7 @@ def main() -> int:
     for name in middle:
         if name != "forward":
             memory[name] = in_own_process(__file__, "--memory", name, "--layers", str(options.layers))
+    of_streaming = streamed(options.layers, options.repeats)
     print(f"{weights / 1e6:.0f} MB of weights; floor {floor:.2f} s at {rate / 1e9:.0f} GFLOP/s")
     print(f"{'case':24s} {'CPU s':>8s} {'x plain':>8s} {'x floor':>8s} {'MB over the weights':>20s}")
     for name, value in middle.items():
@@ -208,6 +285,7 @@ def main() -> int:
             memory["element2 checkpointed"] / memory["plain"],
             0.15,
         ),
+        *streamed_claims(*of_streaming),
     ]
     print(*claims, sep="\n")
     path = save(
@@ -220,6 +298,8 @@ def main() -> int:
         seconds=seconds,
         median_seconds=middle,
         memory_bytes=memory,
+        streamed_seconds=of_streaming[0],
+        streamed_peak_bytes=of_streaming[1],
         skipped=skipped,
     )
     print(f"written to {path.name}")

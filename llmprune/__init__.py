@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmprune.request import measure_request
     from llmprune.rules import Registration, register_rule
     from llmprune.score import Scores, score
+    from llmprune.stored import open_model
     from llmprune.trace import trace
     from llmprune.verify import Verification, verify
 
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "measure_request",
+    "open_model",
     "plan",
     "prune",
     "register_rule",
@@ -75,6 +77,7 @@ _HOME = {
     "evaluate": "evaluate",
     "from_pretrained": "checkpoint",
     "measure_request": "request",
+    "open_model": "stored",
     "plan": "plan",
     "prune": "prune",
     "register_rule": "rules",

@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | trace | verify | evaluate | doctor``.
+"""The command line: ``llmprune prune | score | trace | verify | evaluate | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
 from llmprune.commands import evaluate
+from llmprune.commands import score as score_command
 from llmprune.commands.common import (
     check_file,
     command,
@@ -167,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         "--save-plan", type=path_argument, metavar="FILE", help="write the plan as JSON as well"
     )
 
+    score_command.add(commands)
+
     trace = command(commands, "trace", _trace, "show what can be pruned, by kind")
     trace.add_argument(
         "--explain", metavar="PARAM:DIM:INDEX", help="why this slice is tied to each other one"
@@ -230,7 +233,8 @@ def _quieten() -> None:
 def _prune(options: argparse.Namespace) -> None:
     from llmprune.choice import check_choice
     from llmprune.prune import announcer, check_options, prune, save
-    from llmprune.score import calibration_for, check_scoring
+    from llmprune.sampling import calibration_for
+    from llmprune.score import check_scoring
     from llmprune.stages import Stages
     from llmprune.targets import UNITS, ratio_of, target_of
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from llmprune.reading import Sliced
 from llmprune.reduction import Reducer, Reroute
 
 _POINTWISE = {
@@ -46,8 +47,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, anchor: torch.Tensor, use: _LinearUse
     ) -> torch.Tensor:
         constant = bias[0] if bias is not None and bias.dim() == 2 else bias
-        matrix = use.weight.t() if use.transposed else use.weight
-        y = F.linear(x, matrix, constant)
+        y = use.product(x, constant)
         ctx.save_for_backward(x)
         ctx.use, ctx.bias = use, bias
         if use.interposer.reducer.importance.additive:
@@ -64,13 +64,14 @@ class _Linear(torch.autograd.Function):
         use: _LinearUse = ctx.use
         bias: torch.Tensor | None = ctx.bias
         reducer = use.interposer.reducer
-        matrix = use.weight.t() if use.transposed else use.weight
         wanted = ctx.needs_input_grad[0]
-        dx = dy @ matrix if wanted or reducer.importance.additive else None
+        dx = use.back(dy) if wanted or (reducer.importance.additive and use.name is not None) else None
         dbias = None
         if bias is not None and ctx.needs_input_grad[1]:
             shape = (len(bias), -1, bias.shape[1]) if bias.dim() == 2 else (-1, len(bias))
             dbias = dy.reshape(shape).sum(-2)
+        if use.name is None:
+            return dx, dbias, None, None
         flat = x.reshape(-1, x.shape[-1])
         dflat = dy.reshape(len(flat), -1)
         use.interposer.observe(use.name, dflat)
@@ -78,7 +79,7 @@ class _Linear(torch.autograd.Function):
             constant = bias[0] if bias is not None and bias.dim() == 2 else bias
             y = ctx.y
             if y._version != ctx.version:  # the model wrote into it
-                y, constant = F.linear(x, matrix), None
+                y, constant = use.product(x, None), None
             reducer.linear_signed(
                 use.name,
                 flat,
@@ -102,9 +103,22 @@ class _Linear(torch.autograd.Function):
 @dataclass(frozen=True, eq=False)
 class _LinearUse:
     interposer: Interposer
-    name: str
-    weight: torch.Tensor
+    name: str | None
+    """None where the weight is not scored."""
+    weight: torch.Tensor | Sliced
     transposed: bool
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the use computes: x (..., in) -> (..., out)."""
+        if isinstance(self.weight, Sliced):
+            return self.weight.times(x, bias)
+        return F.linear(x, self.weight.t() if self.transposed else self.weight, bias)
+
+    def back(self, dy: torch.Tensor) -> torch.Tensor:
+        """The gradient of its input: (..., out) -> (..., in)."""
+        if isinstance(self.weight, Sliced):
+            return self.weight.back(dy)
+        return dy @ (self.weight.t() if self.transposed else self.weight)
 
 
 class _Lookup(torch.autograd.Function):
@@ -117,12 +131,12 @@ class _Lookup(torch.autograd.Function):
         anchor: torch.Tensor,
         interposer: Interposer,
         name: str,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Sliced,
         padding: int | None,
     ) -> torch.Tensor:
         ctx.interposer, ctx.name, ctx.padding = interposer, name, padding
         ctx.save_for_backward(ids)
-        return F.embedding(ids, weight)
+        return weight[ids] if isinstance(weight, Sliced) else F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -147,12 +161,20 @@ class Interposer(TorchFunctionMode):
         streamed: Names to interpose on.
         copied: Names to replace by one copy per sample.
         reducer: What receives the uses.
+        stored: id of a parameter on the meta device, scored or not -> its values, which stay in a file. It may be
+            looked up and multiplied by, and nothing else.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], streamed: set[str], copied: set[str], reducer: Reducer
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        streamed: set[str],
+        copied: set[str],
+        reducer: Reducer,
+        stored: Mapping[int, Sliced] | None = None,
     ):
         super().__init__()
+        self._stored = stored or {}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.streamed, self.copied, self.reducer = streamed, copied, reducer
         self.copies: dict[str, torch.Tensor] = {}
@@ -267,7 +289,23 @@ class Interposer(TorchFunctionMode):
                 return result
             if self._marked:
                 self._check_strays(args, kwargs)
+        elif self._stored:
+            result = self._from_file(getattr(func, "__name__", ""), *args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return func(*args, **kwargs)
+
+    def _from_file(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """A call without gradients that takes a stored parameter, or NotImplemented."""
+        if name not in ("linear", "embedding"):
+            return NotImplemented
+        first, weight, bias = (
+            (*args, kwargs.get("weight"), kwargs.get("bias"), None)[:3] if args else (None,) * 3
+        )
+        stored = self._stored.get(id(weight))
+        if stored is None:
+            return NotImplemented
+        return stored.times(first, bias) if name == "linear" else stored[first]
 
     def _check_strays(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See that no marked tensor goes where its extra dimension would be taken for something else."""
@@ -283,13 +321,15 @@ class Interposer(TorchFunctionMode):
             self.hidden, self.head_bias = x, bias
             return x.new_empty(()).expand(*x.shape[:-1], len(weight))
         name = self._name(weight, self.streamed)
-        if name is None or weight.dim() != 2 or x.dtype != weight.dtype or x.dim() < 2:
+        stored = self._stored.get(id(weight))
+        unscored = stored is not None and id(weight) not in self._names
+        if (name is None and not unscored) or weight.dim() != 2 or x.dtype != weight.dtype or x.dim() < 2:
             if self.surveying and not transposed:
                 return self._noted(F.linear(x, weight, bias), weight, bias)
             return NotImplemented
-        if not self._divides(name, x[..., 0].numel()):
+        if name is not None and not self._divides(name, x[..., 0].numel()):
             return NotImplemented
-        if transposed:
+        if transposed and name is not None:
             self.transposed.add(name)
         after = None
         constant = bias
@@ -301,7 +341,9 @@ class Interposer(TorchFunctionMode):
                 constant, after = None, bias
         elif bias is not None:
             constant = bias.detach()  # its gradient, if any, is had elsewhere
-        y = _linear_use(x, constant, self.anchor, _LinearUse(self, name, weight.detach(), transposed))
+        y = _linear_use(
+            x, constant, self.anchor, _LinearUse(self, name, stored or weight.detach(), transposed)
+        )
         if self.surveying and not transposed and after is None:
             return self._noted(y, weight, bias)
         return y if after is None else y + after
@@ -336,6 +378,9 @@ def _embedding(
     sparse: bool = False,
 ) -> Any:
     name = mode._name(weight, mode.streamed)
+    stored = mode._stored.get(id(weight))
+    if stored is not None and id(weight) not in mode._names and max_norm is None:
+        return stored[input]
     if name is None or max_norm is not None or scale_grad_by_freq or sparse or weight.dim() != 2:
         return NotImplemented
     groups = mode.reducer.groups
@@ -347,7 +392,7 @@ def _embedding(
     mode.reducer.ids.setdefault(name, []).append(input)
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
-    return _lookup_use(input, mode.anchor, mode, name, weight.detach(), padding_idx)
+    return _lookup_use(input, mode.anchor, mode, name, stored or weight.detach(), padding_idx)
 
 
 def _fitted(copy: torch.Tensor, x: torch.Tensor, samples: int) -> torch.Tensor | None:

@@ -26,13 +26,14 @@ import torch
 from torch import nn
 
 from llmprune import depth
+from llmprune.budget import available_memory
 from llmprune.calibration import Batch
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance
 from llmprune.layers import Drop, LayerAxis
 from llmprune.loss import SampleLosses, check_losses, config_value, run
 from llmprune.record import fresh
-from llmprune.streaming import available_memory, measured
+from llmprune.streaming import measured
 from llmprune.sublayers import Meeting, PartAxis
 
 Array = npt.NDArray[np.float64]

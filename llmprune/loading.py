@@ -66,29 +66,24 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
         return adapters.merged(base, folder).eval()
-    values = _read_config(folder)
+    values = read_config(folder)
     kinds = {name: place.kind for name, place in find_tensors(folder).items()}
-    kind, own = _model_class(folder, values, trust_remote_code)
+    kind, own = model_class(folder, values, trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code and not own else {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            model, info = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **options,
-            )
-    except (*_LOADING, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be loaded as a {kind.__name__}: {_first_line(error)}"
-        ) from error
-    _check_loaded(folder, model, info, kinds)
-    _attach_record(folder, model, own)
+    with load_errors(folder, kind), quiet_transformers(), torch.random.fork_rng(devices=[]):
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
+        )
+    check_loaded(folder, model, info, kinds)
+    attach_record(folder, model, own)
     return model.eval()
 
 
@@ -129,7 +124,21 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+@contextmanager
+def load_errors(folder: Path, kind: type[Any]) -> Iterator[None]:
+    """Turn what transformers raises while it builds or fills a model into CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (*_LOADING, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded as a {kind.__name__}: {_first_line(error)}"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config, as far as it speaks of what can be loaded."""
     if not folder.exists():
         raise CheckpointError(
             f"{folder} does not exist: give a local checkpoint folder (download the model first)"
@@ -153,7 +162,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _model_class(folder: Path, values: dict[str, Any], trust_remote_code: bool) -> tuple[Any, bool]:
+def model_class(folder: Path, values: dict[str, Any], trust_remote_code: bool) -> tuple[Any, bool]:
     """What to load with, and whether it is llmprune's own universal form."""
     names = values.get("architectures") or []
     kind = getattr(transformers, names[0], None) if names else None
@@ -195,7 +204,7 @@ def _recorded_class(folder: Path) -> type[Any]:
     raise CheckpointError(f"{folder / RECORD} names {home}.{name}, which is no class of transformers")
 
 
-def _check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: dict[str, str]) -> None:
+def check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: dict[str, str]) -> None:
     """Raise CheckpointError unless every parameter came from the files, in float, with finite values."""
     packed = sorted(name for name, kind in kinds.items() if kind not in _FLOATS)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -222,7 +231,7 @@ def _check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: d
             "%s holds tensors that its model does not use: %s%s", folder, unexpected[0], _others(unexpected)
         )
     for name, parameter in model.named_parameters():
-        if not _finite(parameter):
+        if not parameter.is_meta and not _finite(parameter):
             kind = "NaN" if bool(torch.isnan(parameter).any()) else "infinite"
             raise CheckpointError(
                 f"{name} in {folder} holds {kind} values: the checkpoint is damaged; copy it again"
@@ -234,7 +243,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(flat[i : i + _CHUNK]).all()) for i in range(0, flat.numel(), _CHUNK))
 
 
-def _attach_record(folder: Path, model: Any, own: bool) -> None:
+def attach_record(folder: Path, model: Any, own: bool) -> None:
     """Give a pruned model its record back, and the stock class and config that a compacted model has."""
     spec: dict[str, Any] = {"config": [], "attributes": {}}
     if own:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from llmprune.calibration import Batch
 from llmprune.errors import CalibrationError, InputError
+from llmprune.reading import Sliced
 
 UserLoss = Callable[[nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
 SLICE_BYTES = 1 << 23
@@ -235,7 +236,7 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Sliced,
         bias: torch.Tensor | None,
         ids: torch.Tensor,
         use: HeadUse | None,
@@ -263,16 +264,16 @@ class FusedLoss(torch.autograd.Function):
             if keep:
                 kept.append(y)
         logsum = top + total.log()
-        ctx.save_for_backward(hidden, weight, targets, logsum)
-        ctx.bias, ctx.use, ctx.kept = bias, use, kept[::-1]
+        ctx.save_for_backward(hidden, targets, logsum)
+        ctx.weight, ctx.bias, ctx.use, ctx.kept = weight, bias, use, kept[::-1]
         return (logsum - picked).view(samples, length - 1).mean(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """The same slices again: softmax minus one-hot, handed on and multiplied back."""
         (gradient,) = gradients
-        hidden, weight, targets, logsum = ctx.saved_tensors
-        bias, use = ctx.bias, ctx.use
+        hidden, targets, logsum = ctx.saved_tensors
+        weight, bias, use = ctx.weight, ctx.bias, ctx.use
         samples, length = hidden.shape[0], hidden.shape[1] - 1
         x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         scale = (gradient.to(logsum.dtype) / length).repeat_interleave(length)
@@ -280,15 +281,16 @@ class FusedLoss(torch.autograd.Function):
         step = _slice_rows(len(x))
         for start in range(0, len(weight), step):
             stop = min(start + step, len(weight))
+            rows = weight[start:stop]
             if ctx.kept:
                 y = ctx.kept.pop()
             else:
-                y = F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+                y = F.linear(x, rows, None if bias is None else bias[start:stop])
             dy = (y.float() - logsum[:, None]).exp_().mul_(scale[:, None])
             inside = ((targets >= start) & (targets < stop)).nonzero()[:, 0]
             dy[inside, targets[inside] - start] -= scale[inside]
             dy = dy.to(x.dtype)
-            dx += dy @ weight[start:stop]
+            dx += dy @ rows
             if use is not None:
                 use.rows(start, stop, x, dy, y)
         dx = dx.to(x.dtype)

@@ -223,7 +223,8 @@ def prune(
     from llmprune.plan import plan as make_plan
     from llmprune.repair import repair as repair_plan
     from llmprune.request import fitting, measure_request
-    from llmprune.score import check_scoring, long_calibration, score
+    from llmprune.sampling import long_calibration
+    from llmprune.score import check_scoring, score
     from llmprune.targets import ratio_of, target_of
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan

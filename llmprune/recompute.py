@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,6 +31,14 @@ class Block:
     batched: tuple[bool, ...]
     exclusive: frozenset[int] = frozenset()
     """ids of the parameters that no module outside this block has."""
+    returned: tuple[bool, ...] = ()
+    """The same of its results, floating-point tensors alone."""
+    mixes: bool = False
+    """Whether it makes of its samples a tensor that is not told apart by them, and that gradients pass."""
+    result: Any = None
+    """(leaves, spec) of a result."""
+    floats: tuple[bool, ...] = ()
+    """For each leaf of its result whether it is a floating-point tensor; these are None in ``result``."""
 
 
 @dataclass(eq=False)
@@ -39,6 +47,10 @@ class _Call:
     entered: torch.Tensor | None
     left: torch.Tensor | None
     batched: tuple[bool, ...]
+    returned: tuple[bool, ...]
+    mixes: bool
+    result: Any
+    floats: tuple[bool, ...]
 
 
 def give_back_memory() -> None:
@@ -52,10 +64,17 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def floating(leaves: list[Any]) -> list[torch.Tensor]:
+    """The floating-point tensors among leaves, in order."""
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _has_samples(tensor: torch.Tensor, samples: int) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] == samples
+
+
 def _first_tensor(leaves: list[Any]) -> torch.Tensor | None:
-    return next(
-        (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
-    )
+    return next(iter(floating(leaves)), None)
 
 
 def _take_off(handle: Any) -> None:
@@ -82,11 +101,24 @@ def watch_blocks(model: nn.Module, samples: int) -> Iterator[Callable[[], list[B
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if id(module) in members:
             leaves = pytree.tree_leaves((args, kwargs))
-            batched = tuple(
-                isinstance(t, torch.Tensor) and t.dim() > 0 and t.shape[0] == samples for t in leaves
-            )
+            batched = tuple(isinstance(t, torch.Tensor) and _has_samples(t, samples) for t in leaves)
+            results, spec = pytree.tree_flatten(output)
+            parts = floating(results)
+            floats = tuple(isinstance(t, torch.Tensor) and t.is_floating_point() for t in results)
+            rest = [None if real else leaf for leaf, real in zip(results, floats, strict=True)]
+            returned = tuple(_has_samples(t, samples) for t in parts)
+            mixes = any(t.requires_grad and not apart for t, apart in zip(parts, returned, strict=True))
             calls.append(
-                _Call(module, _first_tensor(leaves), _first_tensor(pytree.tree_leaves(output)), batched)
+                _Call(
+                    module,
+                    _first_tensor(leaves),
+                    _first_tensor(results),
+                    batched,
+                    returned,
+                    mixes,
+                    (rest, spec),
+                    floats,
+                )
             )
 
     handle = register_module_forward_hook(note, with_kwargs=True)
@@ -111,7 +143,18 @@ def _chains(model: nn.Module, calls: list[_Call]) -> list[Block]:
             linked |= {id(before.module), id(call.module)}
     chosen = [call for call in once if id(call.module) in linked]
     inner = {id(m) for call in chosen for m in call.module.modules() if m is not call.module}
-    blocks = [Block(call.module, call.batched) for call in chosen if id(call.module) not in inner]
+    blocks = [
+        Block(
+            call.module,
+            call.batched,
+            returned=call.returned,
+            mixes=call.mixes,
+            result=call.result,
+            floats=call.floats,
+        )
+        for call in chosen
+        if id(call.module) not in inner
+    ]
     _find_exclusive(model, blocks)
     return blocks
 
@@ -127,23 +170,57 @@ def _find_exclusive(model: nn.Module, blocks: list[Block]) -> None:
         block.exclusive = frozenset(key for key, where in owner.items() if where == number)
 
 
-@dataclass(eq=False)
-class _Run:
-    """One block's call, to be repeated."""
+class Owner(Protocol):
+    """What runs a block again."""
 
-    owner: Checkpoints
+    def again(
+        self, run: Run, inputs: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """Run a block forward and backward; the gradients of its differentiable inputs."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One block's call, to be repeated.
+
+    Attributes:
+        owner: What repeats it.
+        block: The block.
+        leaves: Its arguments, flat; None in the place of each differentiable one.
+        spec: How they fold into (args, kwargs).
+        outputs: Its floating-point results, until they are handed on.
+        differentiable: The places of the arguments that gradients are wanted of.
+    """
+
+    owner: Owner
     block: Block
     leaves: list[Any]
     spec: Any
     outputs: list[torch.Tensor]
     differentiable: list[int] = field(default_factory=list)
 
+    def result(self, output: Any, anchor: torch.Tensor) -> Any:
+        """``output`` with its floating-point tensors (:attr:`outputs`) such that backward runs the block again."""
+        parts, structure = pytree.tree_flatten(output)
+        self.differentiable = [
+            i for i, t in enumerate(self.leaves) if isinstance(t, torch.Tensor) and t.requires_grad
+        ]
+        inputs = [self.leaves[i] for i in self.differentiable]
+        for i in self.differentiable:
+            self.leaves[i] = None  # kept by autograd alone, which frees them in time
+        results = iter(_recomputed(self, anchor, *inputs))
+        whole = [
+            next(results) if isinstance(part, torch.Tensor) and part.is_floating_point() else part
+            for part in parts
+        ]
+        return pytree.tree_unflatten(whole, structure)
+
 
 class _Recomputed(torch.autograd.Function):
     """Hands on outputs computed without recording; backward runs the block again with recording."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, anchor: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, run: Run, anchor: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs, run.outputs = run.outputs, []
         ctx.run = run
         ctx.save_for_backward(*inputs)
@@ -210,79 +287,79 @@ class Checkpoints:
             return None
         torch.set_grad_enabled(True)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        parts, structure = pytree.tree_flatten(output)
-        places = [
-            i for i, part in enumerate(parts) if isinstance(part, torch.Tensor) and part.is_floating_point()
-        ]
-        run = _Run(self, block, leaves, spec, [parts[i] for i in places])
-        run.differentiable = [
-            i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.requires_grad
-        ]
-        inputs = [leaves[i] for i in run.differentiable]
-        for i in run.differentiable:
-            leaves[i] = None  # kept by autograd alone, which frees them in time
-        pinned = self.pinned and any(tensor.is_cuda for tensor in inputs)
+        run = Run(self, block, leaves, spec, floating(pytree.tree_leaves(output)))
+        pinned = self.pinned and any(isinstance(t, torch.Tensor) and t.is_cuda for t in leaves)
         with torch.autograd.graph.save_on_cpu(pin_memory=True) if pinned else nullcontext():
-            results = _recomputed(run, self._anchor, *inputs)
-        for place, tensor in zip(places, results, strict=True):
-            parts[place] = tensor
-        return pytree.tree_unflatten(parts, structure)
+            return run.result(output, self._anchor)
 
     def again(
-        self, run: _Run, inputs: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
+        self, run: Run, inputs: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """Run a block forward and backward, ``batch_size`` samples at a time; the gradients of its inputs."""
         totals: list[torch.Tensor | None] = [None] * len(inputs)
         for start in range(0, self.samples, self.batch_size):
             stop = min(start + self.batch_size, self.samples)
             with self.recording(start, stop):
-                self._part(run, inputs, gradients, start, stop, totals)
+                run_part(run, inputs, gradients, start, stop, self.samples, totals)
         self.finished(run.block)
         give_back_memory()
         return totals
 
-    def _part(
-        self,
-        run: _Run,
-        inputs: tuple[torch.Tensor, ...],
-        gradients: tuple[torch.Tensor | None, ...],
-        start: int,
-        stop: int,
-        totals: list[torch.Tensor | None],
-    ) -> None:
-        whole = stop - start == self.samples
 
-        def cut(tensor: torch.Tensor, index: int) -> torch.Tensor:
-            batched = run.block.batched[index] and tensor.shape[0] == self.samples
-            return tensor[start:stop] if batched and not whole else tensor
+def cut(tensor: torch.Tensor, batched: bool, start: int, stop: int, samples: int) -> torch.Tensor:
+    """Samples ``start`` to ``stop`` of a tensor that has them in its first dimension; else the tensor."""
+    whole = stop - start == samples
+    return tensor[start:stop] if batched and not whole and tensor.shape[0] == samples else tensor
 
-        leaves = [
-            cut(leaf, i) if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(run.leaves)
-        ]
-        own = [
-            cut(t.detach(), i).detach().requires_grad_()
-            for t, i in zip(inputs, run.differentiable, strict=True)
-        ]
-        for i, tensor in zip(run.differentiable, own, strict=True):
-            leaves[i] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, run.spec)
-        output = run.block.module(*args, **kwargs)
-        parts = [
-            t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()
-        ]
-        pairs = []
-        for part, gradient in zip(parts, gradients, strict=True):
-            if gradient is not None and part.requires_grad:
-                batched = not whole and gradient.shape[0] == self.samples and part.shape[0] == stop - start
-                pairs.append((part, gradient[start:stop] if batched else gradient))
-        torch.autograd.backward([part for part, _ in pairs], [gradient for _, gradient in pairs])
-        for number, (tensor, index) in enumerate(zip(own, run.differentiable, strict=True)):
-            if tensor.grad is None:
-                continue
-            if whole:
-                totals[number] = tensor.grad
-                continue
-            total = totals[number]
-            if total is None:
-                totals[number] = total = torch.zeros_like(inputs[number])
-            cut(total, index).add_(tensor.grad)
+
+def run_part(
+    run: Run,
+    inputs: tuple[torch.Tensor, ...],
+    gradients: tuple[torch.Tensor | None, ...],
+    start: int,
+    stop: int,
+    samples: int,
+    totals: list[torch.Tensor | None] | None,
+) -> None:
+    """Run a block again for some of ``samples`` samples, forward and backward.
+
+    Args:
+        run: Its call.
+        inputs: The differentiable arguments, for all samples.
+        gradients: Of its floating-point results, for all samples.
+        start: The first sample.
+        stop: Past the last.
+        samples: How many there are.
+        totals: Gets the gradients of ``inputs``; None where only the parameters' are wanted.
+    """
+    batched = run.block.batched
+    leaves = [
+        cut(leaf, batched[i], start, stop, samples) if isinstance(leaf, torch.Tensor) else leaf
+        for i, leaf in enumerate(run.leaves)
+    ]
+    own = [
+        cut(t.detach(), batched[i], start, stop, samples).detach().requires_grad_(totals is not None)
+        for t, i in zip(inputs, run.differentiable, strict=True)
+    ]
+    for i, tensor in zip(run.differentiable, own, strict=True):
+        leaves[i] = tensor
+    args, kwargs = pytree.tree_unflatten(leaves, run.spec)
+    parts = floating(pytree.tree_leaves(run.block.module(*args, **kwargs)))
+    pairs = []
+    for part, gradient, apart in zip(parts, gradients, run.block.returned, strict=True):
+        # What all samples share has one gradient, which counts once.
+        if gradient is not None and part.requires_grad and (apart or start == 0):
+            pairs.append((part, cut(gradient, apart, start, stop, samples)))
+    torch.autograd.backward([part for part, _ in pairs], [gradient for _, gradient in pairs])
+    if totals is None:
+        return
+    for number, (tensor, index) in enumerate(zip(own, run.differentiable, strict=True)):
+        if tensor.grad is None:
+            continue
+        if stop - start == samples:
+            totals[number] = tensor.grad
+            continue
+        total = totals[number]
+        if total is None:
+            totals[number] = total = torch.zeros_like(inputs[number])
+        cut(total, batched[index], start, stop, samples).add_(tensor.grad)

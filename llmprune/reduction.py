@@ -18,6 +18,7 @@ import torch
 
 from llmprune import _core, cuda
 from llmprune.importance import Importance
+from llmprune.reading import SLICE_BYTES, Sliced
 
 Sums = dict[str, list[np.ndarray]]
 """Parameter name -> for each dimension float64 sums of the elementwise importance, one per index. Of a stack whose
@@ -95,7 +96,7 @@ class Reducer:
     def __init__(
         self,
         importance: Importance,
-        parameters: Mapping[str, torch.Tensor],
+        parameters: Mapping[str, torch.Tensor | Sliced],
         samples: int,
         uses: Mapping[str, int],
         done: Callable[[str], None],
@@ -137,7 +138,7 @@ class Reducer:
         """See the class."""
         return self.here if self.grouped else 1
 
-    def _scored(self, name: str) -> torch.Tensor:
+    def _scored(self, name: str) -> torch.Tensor | Sliced:
         return self.parameters[name].detach()
 
     # What the backward pass calls -----------------------------------------------------------------------------------
@@ -218,19 +219,27 @@ class Reducer:
 
     def whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None = None) -> None:
         """A parameter's whole mean gradient, and mean square where the importance needs it; None for zeros."""
-        weight = self._scored(name)
-        if name not in self.stacks:
-            self._reduce_tensor(weight, grad, square, self._sums[name])
-        else:
-            first, *others = self._sums[name]
-            for number, part in enumerate(weight):
+        self._reduce_whole(name, grad, square)
+        self.complete.add(name)
+        self.done(name)
+
+    def _reduce_whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None) -> None:
+        weight, sums = self._scored(name), self._sums[name]
+        if name in self.stacks:
+            first, *others = sums
+            for number in range(len(weight)):
+                part = weight[number : number + 1][0]
                 rows = [out[number] for out in others]
                 before = rows[0].sum()
                 mean, mean_square = (None if t is None else t[number] for t in (grad, square))
                 self._reduce_tensor(part, mean, mean_square, rows)
                 first[number] += rows[0].sum() - before
-        self.complete.add(name)
-        self.done(name)
+        elif isinstance(weight, Sliced):
+            for start, stop in weight.slices():
+                g, s = (None if t is None else t[start:stop] for t in (grad, square))
+                self._reduce_tensor(weight[start:stop], g, s, [sums[0][start:stop], *sums[1:]])
+        else:
+            self._reduce_tensor(weight, grad, square, sums)
 
     @property
     def _key(self) -> int:
@@ -266,7 +275,7 @@ class Reducer:
         if pieces.count < expected:
             return
         if name in self._accumulators:
-            self._reduce_tensor(self._scored(name), *self._accumulators.pop(name), self._sums[name])
+            self._reduce_whole(name, *self._accumulators.pop(name))
         elif not self.importance.additive:
             self._reduce(name, pieces)
         self._pieces[name] = _Pieces(count=pieces.count)
@@ -312,6 +321,12 @@ class Reducer:
         if not pieces.lookup:
             x, dy = _joined(pieces.linear)
             out, inner = (1, 0) if pieces.transposed else (0, 1)
+            if isinstance(weight, Sliced):
+                for start, stop in weight.slices():
+                    self._reduce_linear(
+                        weight[start:stop], x, dy[..., start:stop], sums[0][start:stop], sums[1]
+                    )
+                return
             self._reduce_linear(weight, x, dy, sums[out], sums[inner], pieces.transposed)
             return
         ids, dlookup = _joined(pieces.lookup)
@@ -321,7 +336,9 @@ class Reducer:
         x, dy = _joined(pieces.linear)
         used = ids.unique()  # type: ignore[no-untyped-call]
         if pieces.rows is None:
-            self.unused_rows(name, 0, used, x, dy)
+            step = SLICE_BYTES // (4 * weight.shape[1]) + 1 if isinstance(weight, Sliced) else len(weight)
+            for start in range(0, len(weight), step):
+                self.unused_rows(name, start, used, x, dy[..., start : start + step])
             dy = dy[..., used]
         self._reduce_tied(weight, used, x, dy, ids, dlookup, sums)
 
@@ -385,7 +402,7 @@ class Reducer:
         self._sums[name][1] += product.sum(0)
 
     def _reduce_lookup(
-        self, weight: torch.Tensor, ids: torch.Tensor, dy: torch.Tensor, sums: list[torch.Tensor]
+        self, weight: torch.Tensor | Sliced, ids: torch.Tensor, dy: torch.Tensor, sums: list[torch.Tensor]
     ) -> None:
         """An embedding's rows: only those looked up have a gradient."""
         used, place = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
@@ -423,7 +440,7 @@ class Reducer:
 
     def _reduce_tied(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Sliced,
         used: torch.Tensor,
         x: torch.Tensor,
         dy: torch.Tensor,

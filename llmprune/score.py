@@ -24,15 +24,18 @@ from tqdm import tqdm
 
 from llmprune.activation_scores import activation_scores
 from llmprune.atomic import write_file
-from llmprune.calibration import LENGTH, LONG_LENGTH, LONG_SAMPLES, SAMPLES, Batch, load_calibration
+from llmprune.block_stream import block_streamed_sums
+from llmprune.calibration import Batch
 from llmprune.choice import check_kinds
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.importance import Importance, lookup
 from llmprune.layer_choice import DEPTHS
 from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
 from llmprune.layers import LayerAxis
-from llmprune.loss import SampleLosses, UserLoss, config_value
+from llmprune.loss import SampleLosses, UserLoss
 from llmprune.reduction import Reducer, Sums
+from llmprune.sampling import calibration_for
+from llmprune.stored import Streaming, opened, source_of, streaming_of
 from llmprune.streaming import streamed_sums, undisturbed
 from llmprune.verify import experts_computed_by
 from llmprune.wrapped import check_present, on_uncompiled
@@ -253,8 +256,8 @@ def check_scoring(
 
 @on_uncompiled
 def score(
-    model: nn.Module,
-    graph: Graph,
+    model: nn.Module | str | Path,
+    graph: Graph | None = None,
     calibration: Any = None,
     importance: str = "element1",
     aggregation: str = "sum",
@@ -269,6 +272,9 @@ def score(
     loss: UserLoss | None = None,
     quiet: bool | None = None,
     kinds: Sequence[str] | None = None,
+    stream: bool | None = None,
+    memory_budget: int | str | None = None,
+    state: str | Path | None = None,
 ) -> Scores:
     """Score every coupled group of every prunable axis, and whole layers where they are asked for.
 
@@ -282,8 +288,9 @@ def score(
 
     Args:
         model: The traced model, with its weights, on the CPU or on CUDA devices; gradients stay where they are, and
-            only scores leave a device.
-        graph: Its graph.
+            only scores leave a device. Or its folder, or what :func:`llmprune.open_model` makes of that: then weights
+            may stay in their files, and are read block by block (:mod:`llmprune.block_stream`).
+        graph: Its graph; None: :func:`llmprune.trace` makes it.
         calibration: Token ids (samples x length), texts with ``tokenizer``, a path to .txt or .jsonl, or a mapping of
             tensors; see :func:`llmprune.calibration.load_calibration`. Not needed for l1, l2 and random.
         importance: vector, element1, element2, obs, fluctuation, activation, l1, l2, random, one registered, or
@@ -305,6 +312,11 @@ def score(
             parts of them scored too, and alone nothing else; importances
             read off activations score these kinds only. None: every kind but ``layer`` (only ``layer`` for
             block_influence).
+        stream: Of a folder, whether its weights stay there; None: where memory would not suffice.
+        memory_budget: With streaming, most memory that the process may have: bytes, or text like ``4GB``. It keeps
+            below that, or refuses before it begins. None: what the machine has free.
+        state: With streaming, a folder in which each block's results are kept until the scores are there: after a
+            crash, the same call goes on from them.
 
     Raises:
         InputError: an unknown importance or aggregation, the graph of another model, weights that are not finite, not
@@ -313,6 +325,15 @@ def score(
         DeviceError: weights on a CUDA device that llmprune cannot use, or that has too little free memory.
     """
     rule = check_scoring(importance, aggregation, calibration, kinds)
+    if not isinstance(model, nn.Module):
+        model = opened(model, stream, memory_budget, state)
+        if source_of(model) is None:
+            stream = memory_budget = None  # it fits
+    streaming = streaming_of(model, stream, memory_budget, state)
+    if graph is None:
+        from llmprune.trace import trace
+
+        graph = trace(model)
     if kinds is None:
         kinds = ("layer",) if rule.layers else ()
     else:
@@ -323,6 +344,11 @@ def score(
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
+    if streaming is not None and (stacks or rule.activations):
+        raise InputError(
+            f"{importance} scores {'of whole layers or their parts ' if stacks else ''}are taken of models in memory "
+            "alone: load the model, or choose another importance or kinds"
+        )
     outer = {axis.id: around for axis in axes if (around := _around(graph, axis)) is not None}
     stacks_apart = {
         member.parameter
@@ -344,27 +370,27 @@ def score(
         axes = [axis for axis in axes if not kinds or axis.kind in kinds]
         _check_weights(parameters)
         batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
-        with _damage_named(parameters):
+        with _damage_named(model, parameters):
             values, tables = _of_activations(model, graph, axes, outer, batch, importance, batch_size, quiet)
             axes = [axis for axis in axes if axis.id in values]
             _check_finite(axes, values, importance)
     else:
         weights = parameters if not stacks else dict(model.named_parameters())
-        _check_weights(weights)
-        with _damage_named(weights):
+        _check_weights(weights, streaming is not None)
+        with _damage_named(model, weights):
             with tqdm(
                 total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet
             ) as bar:
                 sums: Sums = {}
                 if rule.order == 0:
-                    sums = _weights_only(parameters, rule, partial(_tick, bar), stacks_apart)
+                    sums = _weights_only(model, parameters, rule, partial(_tick, bar), stacks_apart)
                 else:
                     batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
                 if axes and batch is not None:
                     tick = partial(_tick, bar)
                     sums = _streamed(
                         *(model, batch, loss, parameters, rule, tick, batch_size, checkpointing),
-                        *(pin_boundaries, stacks_apart),
+                        *(pin_boundaries, stacks_apart, streaming),
                     )
             structures = {
                 name: [rule.finish(array if array.ndim == 1 else array.sum(0)) for array in arrays]
@@ -484,11 +510,12 @@ def _scored_parameters(model: nn.Module, graph: Graph, axes: Sequence[Axis]) -> 
     return {name: own[name] for name in wanted}
 
 
-def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
+def _check_weights(parameters: Mapping[str, nn.Parameter], stored: bool = False) -> None:
     for name, parameter in parameters.items():
-        if parameter.is_meta:
+        if parameter.is_meta and not stored:
             raise InputError(
-                f"parameter {name} is on the meta device: load the model's weights before scoring"
+                f"parameter {name} is on the meta device: load the model's weights before scoring, or open the "
+                "checkpoint with llmprune.open_model to have them read block by block"
             )
         if not parameter.is_floating_point():
             raise InputError(
@@ -498,93 +525,39 @@ def _check_weights(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def _damage_named(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def _damage_named(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Where the block fails because weights are not finite, name the tensor; looking first would cost a pass."""
     try:
         yield
     except CalibrationError:
+        source = source_of(model)
         for name, parameter in parameters.items():
-            values = parameter.detach()
-            if not bool(torch.isfinite(values).all()):
-                what = "NaN" if bool(torch.isnan(values).any()) else "infinite"
-                raise InputError(
-                    f"parameter {name} holds {what} values: the checkpoint is damaged or was overflowed"
-                ) from None
+            parts = [parameter.detach()] if source is None else source.parts(name, parameter.dtype)
+            for values in parts:
+                if not bool(torch.isfinite(values).all()):
+                    what = "NaN" if bool(torch.isnan(values).any()) else "infinite"
+                    raise InputError(
+                        f"parameter {name} holds {what} values: the checkpoint is damaged or was overflowed"
+                    ) from None
         raise
 
 
-def calibration_for(
-    importance: str,
-    model: nn.Module,
-    source: Any,
-    tokenizer: Any,
-    samples: int | None = None,
-    length: int | None = None,
-) -> Batch:
-    """The calibration samples that :func:`score` takes from ``source`` for an importance.
-
-    Raises:
-        CalibrationError, InputError: as :func:`llmprune.calibration.load_calibration`.
-    """
-    if lookup(importance).activations:
-        return long_calibration(model, source, tokenizer, samples, length)
-    batch = load_calibration(
-        source,
-        tokenizer,
-        samples=SAMPLES if samples is None else samples,
-        length=LENGTH if length is None else length,
-        vocabulary=vocabulary_size(model),
-    )
-    return batch.to(next(model.parameters()).device)
-
-
-def long_calibration(
-    model: nn.Module, source: Any, tokenizer: Any, samples: int | None = None, length: int | None = None
-) -> Batch:
-    """Calibration for what is fitted to activations: of texts 32 samples of 128 tokens, or as many as they have.
-
-    Samples are no longer than the model's positions.
-
-    Raises:
-        CalibrationError, InputError: as :func:`llmprune.calibration.load_calibration`.
-    """
-    if length is None:
-        positions = config_value(model, "max_position_embeddings")
-        length = min(LONG_LENGTH, positions) if isinstance(positions, int) and positions > 1 else LONG_LENGTH
-    batch = load_calibration(
-        source,
-        tokenizer,
-        samples=LONG_SAMPLES if samples is None else samples,
-        length=length,
-        vocabulary=vocabulary_size(model),
-        fewer=samples is None,
-    )
-    return batch.to(next(model.parameters()).device)
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """How many token ids the model takes."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if callable(getter) else None
-    except NotImplementedError:
-        embedding = None
-    if isinstance(embedding, nn.Embedding):
-        return embedding.num_embeddings
-    size = config_value(model, "vocab_size")
-    return size if isinstance(size, int) else None
-
-
 def _weights_only(
+    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     rule: Importance,
     progress: Callable[[str], None],
     stacks: Collection[str],
 ) -> Sums:
-    reducer = Reducer(rule, parameters, 1, {}, progress, stacks=stacks)
-    for name in parameters:
+    """Order 0: one parameter after the other, those that are not in memory slice by slice."""
+    source = source_of(model)
+    sums: Sums = {}
+    for name, parameter in parameters.items():
+        value = source.value(name, parameter.dtype) if source is not None and parameter.is_meta else parameter
+        reducer = Reducer(rule, {name: value}, 1, {}, progress, stacks=stacks)
         reducer.whole(name, None)
-    return reducer.sums
+        sums |= reducer.sums
+    return sums
 
 
 def _streamed(
@@ -598,9 +571,23 @@ def _streamed(
     checkpointing: bool | None,
     pin_boundaries: bool,
     stacks: Collection[str],
+    streaming: Streaming | None,
 ) -> Sums:
     """First and second order, with the model as it was afterwards."""
     losses_of = SampleLosses(model, loss, batch)
+    if streaming is not None:
+        with _ids_in_range():
+            return block_streamed_sums(
+                model,
+                batch,
+                losses_of,
+                list(parameters),
+                rule,
+                streaming,
+                progress=progress,
+                batch_size=batch_size,
+                stacks=stacks,
+            )
     with undisturbed(model), _ids_in_range():
         return streamed_sums(
             model,

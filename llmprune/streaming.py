@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -29,11 +28,13 @@ import torch
 from torch import nn
 
 from llmprune import _core, cuda
+from llmprune.budget import available_memory
 from llmprune.calibration import Batch
 from llmprune.errors import CalibrationError, DeviceError
 from llmprune.importance import Importance
 from llmprune.interpose import Interposer
 from llmprune.loss import SampleLosses, check_losses, fused_loss
+from llmprune.reading import Sliced
 from llmprune.recompute import Block, Checkpoints, give_back_memory, watch_blocks
 from llmprune.reduction import HeadRows, Reducer, Reroute, Sums
 
@@ -74,7 +75,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class _Route:
+class Route:
     """How each scored parameter's gradient is had, and what else the survey found."""
 
     streamed: dict[str, int] = field(default_factory=dict)
@@ -90,7 +91,7 @@ class _Route:
     bytes_per_token: float = 0.0
     """What autograd keeps for backward, apart from parameters."""
 
-    def without(self, names: set[str], parameters: Mapping[str, torch.Tensor]) -> _Route:
+    def without(self, names: set[str], parameters: Mapping[str, torch.Tensor]) -> Route:
         """The same with ``names`` on the general path."""
         return replace(
             self,
@@ -117,7 +118,7 @@ class _Counter(Reducer):
 
 
 @contextlib.contextmanager
-def _requiring_grad(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+def requiring_grad(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Let ``parameters`` require gradients for a while; none of theirs is left afterwards."""
     parameters = list(parameters)
     try:
@@ -131,7 +132,7 @@ def _requiring_grad(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @dataclass
-class _Task:
+class Task:
     """What there is to do, the same for the survey and every attempt."""
 
     model: nn.Module
@@ -141,9 +142,11 @@ class _Task:
     importance: Importance
     progress: Callable[[str], None]
     stacks: Collection[str] = ()
+    stored: Mapping[int, Sliced] = field(default_factory=dict)
+    """id of a parameter that is not in memory, scored or not -> its values in a file."""
 
 
-def _survey(task: _Task, copied: set[str]) -> _Route:
+def _survey(task: Task, copied: set[str]) -> Route:
     """Run two short samples forward and backward and see how each parameter is used; see the module.
 
     Raises:
@@ -154,12 +157,13 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
     grouped = task.importance.order > 1
     sketch = task.batch.sketch(_SKETCH_TOKENS)
     counter = _Counter(task.importance)
-    mode = Interposer(parameters, set(parameters), copied, counter)
+    mode = Interposer(parameters, set(parameters), copied, counter, task.stored)
     mode.surveying = True
     mode.length = sketch.tokens // sketch.samples
-    route = _Route()
+    route = Route()
     product = None
-    with _requiring_grad(parameters.values()):
+    leaked: set[str] = set()
+    with requiring_grad(parameters.values()), _gradients_dropped(parameters, leaked):
         with watch_blocks(task.model, sketch.samples) as blocks, measured(task.model) as kept, mode:
             if losses_of.plain:
                 logits = losses_of.logits(sketch)
@@ -179,10 +183,10 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
             for name, copy in mode.copies.items():
                 if copy.grad is not None:
                     mode.observe(name, copy.grad)
-        leaked = {name for name, parameter in parameters.items() if parameter.grad is not None}
     bad = leaked | mode.mixed | (mode.lookups & mode.transposed)
     if mode.looks_ahead:
-        losses_of.check_causal(sketch)
+        with mode if task.stored else contextlib.nullcontext():
+            losses_of.check_causal(sketch)
     route.streamed = {name: count for name, count in counter.counts.items() if name not in bad}
     route.densities = mode.densities
     route.copied = set(mode.copies) - bad
@@ -193,6 +197,28 @@ def _survey(task: _Task, copied: set[str]) -> _Route:
         if head is None or route.streamed.get(head) == ties:
             route.head = product[1]
     return route
+
+
+@contextlib.contextmanager
+def _gradients_dropped(parameters: Mapping[str, torch.Tensor], names: set[str]) -> Iterator[None]:
+    """Note in ``names`` which parameters get a gradient, and drop each as soon as it is there."""
+
+    def dropper(name: str) -> Callable[[torch.Tensor], None]:
+        def drop(parameter: torch.Tensor) -> None:
+            names.add(name)
+            parameter.grad = None
+
+        return drop
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(dropper(name))  # type: ignore[no-untyped-call]
+        for name, parameter in parameters.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -211,11 +237,11 @@ def measured(model: nn.Module) -> Iterator[Callable[[], int]]:
         yield lambda: sum(seen.values())
 
 
-def _route(task: _Task) -> _Route:
+def find_route(task: Task) -> Route:
     """The survey's result, with a second try without copies where these break the model's forward."""
     if task.importance.kernel is None:
         task.losses_of.check_causal(task.batch.sketch(_SKETCH_TOKENS))
-        return _Route(general=set(task.parameters))
+        return Route(general=set(task.parameters))
     copied = (
         {name for name, p in task.parameters.items() if p.dim() == 1} if task.importance.order > 1 else set()
     )
@@ -267,9 +293,9 @@ def streamed_sums(
         CalibrationError: a sample's loss is not finite, or the model cannot run on the samples.
         DeviceError: a CUDA device has too little free memory; nothing has been computed.
     """
-    task = _Task(model, batch, losses_of, parameters, importance, progress, stacks)
+    task = Task(model, batch, losses_of, parameters, importance, progress, stacks)
     losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
-    route = _route(task).without(set(stacks), parameters)
+    route = find_route(task).without(set(stacks), parameters)
     while True:
         log.info(
             "%d parameters streamed, %d copied per sample, %d on the general path, %d blocks",
@@ -300,7 +326,7 @@ def streamed_sums(
 
 
 def _schedule(
-    task: _Task, route: _Route, batch_size: int | None, checkpointing: bool | None
+    task: Task, route: Route, batch_size: int | None, checkpointing: bool | None
 ) -> tuple[bool, int]:
     """Whether to checkpoint, and how many samples to run at a time."""
     samples = task.batch.samples
@@ -325,18 +351,18 @@ def _schedule(
     return checkpointing, min(batch_size, samples)
 
 
-def _device(task: _Task) -> torch.device:
+def _device(task: Task) -> torch.device:
     """Where the scored parameters lie; the first one's, if on several devices."""
     return next(iter(task.parameters.values())).device
 
 
-def _free_memory(task: _Task) -> int:
+def _free_memory(task: Task) -> int:
     """Bytes that tensors can have there."""
     device = _device(task)
     return cuda.free_memory(device) if device.type == "cuda" else available_memory()
 
 
-def _check_device_memory(task: _Task, route: _Route, checkpointing: bool, free: int) -> None:
+def _check_device_memory(task: Task, route: Route, checkpointing: bool, free: int) -> None:
     """See, before anything runs, that a CUDA device has room for one sample and a kernel's scratch.
 
     Raises:
@@ -359,8 +385,8 @@ def _check_device_memory(task: _Task, route: _Route, checkpointing: bool, free: 
 class _Pass:
     """One attempt at :func:`streamed_sums`, with every parameter's route fixed."""
 
-    task: _Task
-    route: _Route
+    task: Task
+    route: Route
     checkpointing: bool
     batch_size: int
     pin_boundaries: bool = False
@@ -390,7 +416,7 @@ class _Pass:
         later = self.route.general if self.task.importance.order > 1 else set()
         active = {name: p for name, p in self.task.parameters.items() if name not in later}
         if active:
-            with _requiring_grad(active.values()):
+            with requiring_grad(active.values()):
                 self._together(active)
         self._one_by_one(sorted(later), accumulator_bytes)
         sums = self.reducer.sums
@@ -479,19 +505,7 @@ class _Pass:
         fused = losses_of.plain and (part.samples == self.samples)
         if head is None or not fused or 4 * part.tokens * len(head) < FUSE_BYTES:
             return losses_of(part)
-        self.mode.head = head
-        logits = losses_of.logits(part)
-        name = next(
-            (n for n, p in self.task.parameters.items() if p is head and n in self.route.streamed), None
-        )
-        hidden, bias = self.mode.hidden, self.mode.head_bias
-        if hidden is None:  # these samples went another way than the survey's
-            return losses_of.of_logits(logits, part)
-        constant = None if bias is None else bias.detach()
-        use = None if name is None else HeadRows(self.reducer, name, constant)
-        ids = part.inputs["input_ids"]
-        keep = not self.checkpointing
-        return fused_loss(hidden, head.detach(), constant, ids, use, self.mode.anchor, keep)
+        return fused_losses(self.task, self.route, part, self.mode, not self.checkpointing)
 
     def _one_by_one(self, names: list[str], accumulator_bytes: int | None) -> None:
         """Second order on the general path: one sample at a time, as many parameters as accumulators fit."""
@@ -499,61 +513,81 @@ class _Pass:
         while names:
             taken: list[str] = []
             used = 0
-            while names and (not taken or used + _accumulators(self.task.parameters[names[0]]) <= budget):
+            while names and (not taken or used + accumulators(self.task.parameters[names[0]]) <= budget):
                 taken.append(names.pop(0))
-                used += _accumulators(self.task.parameters[taken[-1]])
+                used += accumulators(self.task.parameters[taken[-1]])
             self._accumulate(taken)
 
     def _accumulate(self, names: list[str]) -> None:
-        task, share = self.task, 1 / self.samples
-        sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        task = self.task
 
-        def taker(name: str) -> Callable[[torch.Tensor], None]:
-            def take(parameter: torch.Tensor) -> None:
-                if parameter.grad is None:
-                    return
-                if name not in sums:
-                    kind = torch.promote_types(parameter.dtype, torch.float32)
-                    sums[name] = (
-                        torch.zeros_like(parameter, dtype=kind),
-                        torch.zeros_like(parameter, dtype=kind),
-                    )
-                grad = parameter.grad.detach().contiguous()
-                sums[name][0].add_(grad, alpha=share)
-                _core.accumulate_square(sums[name][1], grad, share, **cuda.options(grad, scratch=False))
-                parameter.grad = None
+        def run(sample: int) -> None:
+            losses = task.losses_of(task.batch.take(sample, sample + 1))
+            check_losses(losses, sample)
+            if losses.requires_grad:
+                losses.sum().backward()  # type: ignore[no-untyped-call]
 
-            return take
-
-        handles = []
-        try:
-            with _requiring_grad(task.parameters[name] for name in names):
-                for name in names:
-                    handles.append(task.parameters[name].register_post_accumulate_grad_hook(taker(name)))  # type: ignore[no-untyped-call]
-                for sample in range(self.samples):
-                    losses = task.losses_of(task.batch.take(sample, sample + 1))
-                    check_losses(losses, sample)
-                    if losses.requires_grad:
-                        losses.sum().backward()  # type: ignore[no-untyped-call]
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in names:
-            self.reducer.whole(name, *sums.pop(name, (None, None)))
+        accumulate({name: task.parameters[name] for name in names}, self.samples, run, self.reducer)
 
 
-def _accumulators(parameter: torch.Tensor) -> int:
+def accumulate(
+    parameters: Mapping[str, torch.Tensor], samples: int, run: Callable[[int], None], reducer: Reducer
+) -> None:
+    """Reduce ``parameters`` from autograd's gradients, which ``run(sample)`` makes for one sample at a time."""
+    share = 1 / samples
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def taker(name: str) -> Callable[[torch.Tensor], None]:
+        def take(parameter: torch.Tensor) -> None:
+            if parameter.grad is None:
+                return
+            if name not in sums:
+                kind = torch.promote_types(parameter.dtype, torch.float32)
+                sums[name] = (
+                    torch.zeros_like(parameter, dtype=kind),
+                    torch.zeros_like(parameter, dtype=kind),
+                )
+            grad = parameter.grad.detach().contiguous()
+            sums[name][0].add_(grad, alpha=share)
+            _core.accumulate_square(sums[name][1], grad, share, **cuda.options(grad, scratch=False))
+            parameter.grad = None
+
+        return take
+
+    handles = []
+    try:
+        with requiring_grad(parameters.values()):
+            for name, parameter in parameters.items():
+                handles.append(parameter.register_post_accumulate_grad_hook(taker(name)))  # type: ignore[no-untyped-call]
+            for sample in range(samples):
+                run(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in parameters:
+        reducer.whole(name, *sums.pop(name, (None, None)))
+
+
+def fused_losses(task: Task, route: Route, part: Batch, mode: Interposer, keep: bool) -> torch.Tensor:
+    """The losses of a pass under ``mode`` whose final projection, ``route.head``, is fused into them.
+
+    With ``keep`` the logits' slices are kept for backward.
+    """
+    losses_of, head = task.losses_of, route.head
+    assert head is not None
+    mode.head = head
+    logits = losses_of.logits(part)
+    name = next((n for n, p in task.parameters.items() if p is head and n in route.streamed), None)
+    hidden, bias = mode.hidden, mode.head_bias
+    if hidden is None:  # these samples went another way than the survey's
+        return losses_of.of_logits(logits, part)
+    constant = None if bias is None else bias.detach()
+    use = None if name is None else HeadRows(mode.reducer, name, constant)
+    ids = part.inputs["input_ids"]
+    weight = task.stored.get(id(head)) or head.detach()
+    return fused_loss(hidden, weight, constant, ids, use, mode.anchor, keep)
+
+
+def accumulators(parameter: torch.Tensor) -> int:
     """Bytes of a parameter's two accumulators."""
     return 2 * parameter.numel() * max(4, parameter.element_size())
-
-
-def available_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        log.debug("no /proc/meminfo: taking half the physical memory as available")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -166,7 +166,7 @@ def test_a_bad_option_is_refused_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was read"))
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("the model was read"))
     code, out, err = run(capsys, "prune", str(folder), "--importance=l1", option.format(tmp=tmp_path))
     assert (code, out) == (2, "")
     assert OPTIONS[option] in err
@@ -223,7 +223,7 @@ def test_rows_may_hold_any_character_of_json(folder: Path, tmp_path: Path) -> No
 IDS = torch.arange(48).reshape(2, 24)
 CALLS: dict[str, tuple[dict[str, Any], type[LlmpruneError], str]] = {
     "ratio as text": ({"ratio": "most"}, InputError, "ratio must be a number"),
-    "ratio None": ({"ratio": None}, InputError, "ratio must be a number"),
+    "ratio text": ({"ratio": "much"}, InputError, "ratio must be a number"),
     "share as text": ({"ratio": {"head": "x"}}, InputError, "share of head"),
     "no kind": ({"ratio": {}}, InputError, "no kind"),
     "a string for kinds": ({"kinds": "head"}, InputError, "sequence of names"),
@@ -400,7 +400,7 @@ def test_tensors_the_core_cannot_cut(tensor: Any) -> None:
 # --- interrupts and full disks ----------------------------------------------------------------------------------------
 
 STAGES = {
-    "load": ("llmprune.loading", "_check_loaded"),
+    "load": ("llmprune.loading", "check_loaded"),
     "score": ("llmprune.score", "_grouped"),
     "verify": ("llmprune.verify", "_compare"),
     "compact": ("llmprune.compact", "_replace"),

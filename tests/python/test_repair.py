@@ -18,7 +18,7 @@ from llmprune.errors import InputError, PlanError
 from llmprune.least_squares import fit
 from llmprune.recheck import recheck
 from llmprune.repair import repair
-from llmprune.score import long_calibration
+from llmprune.sampling import long_calibration
 
 DEMO = Path(__file__).parents[2] / "demo"
 

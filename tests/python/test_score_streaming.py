@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmprune import loss, reduction, streaming
+from llmprune import loss, recompute, reduction, streaming
 from llmprune.score import score
 
 DERIVED = ("vector", "element1", "element2")
@@ -67,7 +67,7 @@ def test_the_schedules_do_what_they_say(monkeypatch):
     model, graph, _ = reference("llama_gqa", "element2")
     folds = counted(monkeypatch, reduction.Reducer, "_fold")
     slices = counted(monkeypatch, reduction.Reducer, "row_slice")
-    blocks = counted(monkeypatch, streaming.Checkpoints, "_part")
+    blocks = counted(monkeypatch, recompute, "run_part")
     score(model, graph, ids_of(), importance="element2")
     assert folds == slices == blocks == []
     monkeypatch.setattr(streaming, "FUSE_BYTES", 0)
@@ -218,6 +218,6 @@ def test_few_accumulators_at_a_time_change_nothing(monkeypatch):
 def test_checkpointing_is_on_when_memory_would_not_fit(monkeypatch):
     model, graph, want = reference("llama_gqa", "element1")
     monkeypatch.setattr(streaming, "available_memory", lambda: 1 << 14)
-    blocks = counted(monkeypatch, streaming.Checkpoints, "_part")
+    blocks = counted(monkeypatch, recompute, "run_part")
     assert worst(score(model, graph, ids_of(), importance="element1"), want) < 1e-6
     assert len(blocks) > 2
