@@ -10,10 +10,7 @@ of llmprune.verify stands in.
 from __future__ import annotations
 
 import copy
-import json
-import multiprocessing
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _reload import answer_all
+from _reload import JOBS, TOLERANCE
 from tiny import Recipe, build
 from torch import nn
 
@@ -31,20 +28,11 @@ import llmprune
 from llmprune.errors import CheckpointError, LlmpruneError
 from llmprune.inputs import example_inputs
 
-TOLERANCE = 1e-5
-"""Largest difference of the outputs, relative to the largest output."""
-
 EVERYTHING = ("head", "query", "ffn")
 """Kinds of which a quarter goes at once."""
 
 STOCK_KINDS = ("head", "query", "ffn", "expert", "channel")
 """Kinds tried in stock form."""
-
-RELOAD_LIMIT = 240
-"""Seconds for loading every folder of one architecture again."""
-
-FORKS = multiprocessing.get_context("forkserver")
-"""Forks of one server (architectures.py) that never imported llmprune."""
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -106,10 +94,16 @@ def sentence(error: BaseException) -> str:
 
 
 class Examination:
-    """Puts one recipe to every test; ``row`` holds what is known so far, ``tell`` is called whenever it grows."""
+    """Puts one recipe to every test; ``row`` holds what is known so far, ``tell`` is called whenever it grows.
 
-    def __init__(self, recipe: Recipe, attention: str, row: dict[str, Any], tell: Callable[[], None]) -> None:
+    Checkpoints are written below ``folder``, with ``JOBS`` for the process that loads them.
+    """
+
+    def __init__(
+        self, recipe: Recipe, attention: str, row: dict[str, Any], tell: Callable[[], None], folder: Path
+    ) -> None:
         self.recipe = recipe
+        self.folder = folder
         self.attention = attention
         self.row = row
         self.tell = tell
@@ -222,27 +216,27 @@ class Examination:
             llmprune.verify(self.model, self.plan, self.inputs)
 
     def checkpoints(self) -> None:
-        """Save what was pruned at once in universal form and each kind alone in stock form; reload without llmprune."""
-        self.row["stock"], self.row["reload"] = {}, {}
-        with tempfile.TemporaryDirectory() as folder:
-            jobs: list[dict[str, Any]] = []
-            if self.plan is not None:
-                self.save(jobs, Path(folder), "universal", self.plan)
-            for kind in (kind for kind in STOCK_KINDS if kind in self.row["axes"]):
-                plan = self.uniform(kind)
-                if plan is None:
-                    self.row["stock"][kind] = "no plan of uniform counts closes"
-                    continue
-                try:
-                    self.save(jobs, Path(folder), kind, plan)
-                    self.row["stock"][kind] = "yes"
-                    del jobs[
-                        2:
-                    ]  # one of each form is read in the other process; saving has read this one already
-                except CheckpointError as error:
-                    self.row["stock"][kind] = " ".join(str(error).split())
-                self.tell()
-            self.reload(jobs)
+        """Save what was pruned at once in universal form and each kind alone in stock form."""
+        self.row["stock"] = {}
+        jobs: list[dict[str, Any]] = []
+        if self.plan is not None:
+            self.save(jobs, "universal", self.plan)
+        for kind in (kind for kind in STOCK_KINDS if kind in self.row["axes"]):
+            plan = self.uniform(kind)
+            if plan is None:
+                self.row["stock"][kind] = "no plan of uniform counts closes"
+                continue
+            try:
+                self.save(jobs, kind, plan)
+                self.row["stock"][kind] = "yes"
+                del jobs[
+                    2:
+                ]  # one of each form is read in the other process; saving has read this one already
+            except CheckpointError as error:
+                self.row["stock"][kind] = " ".join(str(error).split())
+            self.tell()
+        given = {"inputs": self.inputs, "dtype": self.recipe.dtype, "attention": self.attention}
+        torch.save({"jobs": jobs, **given}, self.folder / JOBS)
 
     # Helpers -----------------------------------------------------------------------------------------------------
 
@@ -304,50 +298,12 @@ class Examination:
                 continue
         return None
 
-    def save(self, jobs: list[dict[str, Any]], folder: Path, name: str, plan: llmprune.Plan) -> None:
-        """Save a compacted copy, universal or stock, as one more job of the reloading process."""
+    def save(self, jobs: list[dict[str, Any]], name: str, plan: llmprune.Plan) -> None:
+        """Save a compacted copy, universal or stock, as one more job of the process that loads it."""
         small = compacted(self.model, plan)
         form = "universal" if name == "universal" else "stock"
-        saved = llmprune.save_pretrained(small, folder / name, form=form, inputs=self.inputs)
+        saved = llmprune.save_pretrained(small, self.folder / name, form=form, inputs=self.inputs)
         jobs.append({"name": name, "folder": saved.directory, "expected": outputs(small, self.inputs)})
-
-    def reload(self, jobs: list[dict[str, Any]]) -> None:
-        """Load every folder in a process that never sees llmprune, and compare."""
-        if not jobs:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "jobs.pt"
-            torch.save(
-                {
-                    "jobs": jobs,
-                    "inputs": self.inputs,
-                    "dtype": self.recipe.dtype,
-                    "attention": self.attention,
-                },
-                file,
-            )
-            answers = Path(folder) / "answers.json"
-            start = time.perf_counter()
-            process = FORKS.Process(target=answer_all, args=(str(file), str(answers)))
-            process.start()
-            process.join(RELOAD_LIMIT)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-            self.row["seconds"]["reload"] = round(time.perf_counter() - start, 2)
-            said = json.loads(answers.read_text(encoding="utf-8")) if answers.exists() else {}
-        for job in jobs:
-            answer = said.get(job["name"], f"the process that loads it ended with status {process.exitcode}")
-            self.row["reload"][job["name"]] = answer
-            if not _is_small(answer):
-                self.failures.append(f"reload of {job['name']}: {answer}")
-
-
-def _is_small(answer: str) -> bool:
-    try:
-        return float(answer) <= TOLERANCE
-    except ValueError:
-        return False
 
 
 @contextmanager

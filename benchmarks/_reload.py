@@ -14,6 +14,11 @@ from typing import Any
 import torch
 import transformers
 
+JOBS = "jobs.pt"
+"""Name of the file that says what is to be loaded: folders, inputs, and the outputs they are to give."""
+TOLERANCE = 1e-5
+"""Largest difference of the outputs, relative to the largest output."""
+
 
 def difference(job: dict[str, Any], given: dict[str, Any]) -> float:
     """The largest difference relative to the largest output (or 1)."""

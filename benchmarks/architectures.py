@@ -15,16 +15,18 @@ import json
 import multiprocessing
 import random
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from _measure import Claim, save
+from _reload import JOBS, TOLERANCE, answer_all
 from tiny import TASKS, Recipe, recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +34,14 @@ CACHE = ROOT / "build" / "architectures"
 PAGE = ROOT / "docs" / "architectures.md"
 TIME_LIMIT = 420
 """Seconds for one architecture."""
+RELOAD_LIMIT = 240
+"""Seconds for loading the folders of one architecture again."""
 WANTED = 120
 """Classes to try at least."""
 
 FORKS = multiprocessing.get_context("forkserver")
-"""A server that imported the framework once, and never llmprune; it forks for each recipe and for each reload."""
+"""A server that imported the framework once, and never llmprune; it forks for each recipe, and again to load what that
+one saved."""
 FORKS.set_forkserver_preload(
     ["transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "torch._dynamo"]
 )
@@ -52,10 +57,12 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def examine(recipe: Recipe, attention: str, file: Path | None = None, quick: bool = False) -> dict[str, Any]:
+def examine(
+    recipe: Recipe, attention: str, folder: Path, file: Path | None = None, quick: bool = False
+) -> dict[str, Any]:
     """The row of one recipe, made in this process; written to ``file`` whenever it grows.
 
-    With ``quick``, without its checkpoints.
+    Its checkpoints are left below ``folder``, to be loaded by a process that never sees llmprune; none with ``quick``.
     """
     import torch
     import transformers
@@ -70,18 +77,49 @@ def examine(recipe: Recipe, attention: str, file: Path | None = None, quick: boo
         if file is not None:
             file.write_text(json.dumps(row))
 
-    start = time.perf_counter()
     with warnings.catch_warnings(), one_thread(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        Examination(recipe, attention, row, tell).run(quick)
-    row["seconds"]["total"] = round(time.perf_counter() - start, 2)
+        Examination(recipe, attention, row, tell, folder).run(quick)
     tell()
     return row
 
 
-def one(name: str, attention: str, file: str, quick: bool) -> None:
+def one(name: str, attention: str, folder: str, file: str, quick: bool) -> None:
     """One recipe, in a process of its own."""
-    examine(recipes()[name], attention, Path(file), quick)
+    examine(recipes()[name], attention, Path(folder), Path(file), quick)
+
+
+def forked(target: Callable[..., None], arguments: tuple[Any, ...], limit: float) -> str:
+    """Run a function in a fork of the server; what went wrong, if anything did."""
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"no end after {limit:.0f} s"
+    return f"the process ended with status {process.exitcode}" if process.exitcode else ""
+
+
+def reload(row: dict[str, Any], folder: Path) -> None:
+    """Load every folder that an examination left, in a process without llmprune, and add to the row what came of it."""
+    answers = folder / "answers.json"
+    start = time.perf_counter()
+    trouble = forked(answer_all, (str(folder / JOBS), str(answers)), RELOAD_LIMIT)
+    row["seconds"]["reload"] = round(time.perf_counter() - start, 2)
+    row["reload"] = json.loads(answers.read_text(encoding="utf-8")) if answers.exists() else {}
+    if trouble:
+        row["failures"].append(f"reload: {trouble}")
+    row["failures"] += [
+        f"reload of {name}: {said}" for name, said in row["reload"].items() if not _small(said)
+    ]
+
+
+def _small(answer: str) -> bool:
+    try:
+        return float(answer) <= TOLERANCE
+    except ValueError:
+        return False
 
 
 def apart(recipe: Recipe, args: argparse.Namespace, known: str) -> dict[str, Any]:
@@ -94,27 +132,22 @@ def apart(recipe: Recipe, args: argparse.Namespace, known: str) -> dict[str, Any
         if row.get("sources") == known:
             return row
     file.unlink(missing_ok=True)
-    start, trouble = time.perf_counter(), ""
-    process = FORKS.Process(target=one, args=(recipe.name, attention, str(file), args.quick))
-    process.start()
-    process.join(limit)
-    if process.is_alive():
-        trouble = f"no end after {limit:.0f} s"
-        process.kill()
-        process.join()
-    elif process.exitcode:
-        trouble = f"the process ended with status {process.exitcode}"
-    row = {
-        "name": recipe.name,
-        "class": recipe.model,
-        "task": recipe.task,
-        "attention": attention,
-        "failures": [],
-    }
-    if file.exists():
-        row = json.loads(file.read_text())
-    if trouble:
-        row["failures"].append(f"{row.get('stage', 'start')}: {trouble}")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        trouble = forked(one, (recipe.name, attention, folder, str(file), args.quick), limit)
+        row = {
+            "name": recipe.name,
+            "class": recipe.model,
+            "task": recipe.task,
+            "attention": attention,
+            "failures": [],
+        }
+        if file.exists():
+            row = json.loads(file.read_text())
+        if trouble:
+            row["failures"].append(f"{row.get('stage', 'start')}: {trouble}")
+        elif (Path(folder) / JOBS).exists():
+            reload(row, Path(folder))
         row.setdefault("seconds", {})["total"] = round(time.perf_counter() - start, 2)
     row["sources"] = known
     file.write_text(json.dumps(row))

@@ -29,8 +29,8 @@ def table() -> Any:
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_every_prunable_axis_comes_out_whole(table: ModuleType, name: str) -> None:
-    row = table.examine(table.recipes()[name], "eager", quick=True)
+def test_every_prunable_axis_comes_out_whole(table: ModuleType, name: str, tmp_path: Path) -> None:
+    row = table.examine(table.recipes()[name], "eager", tmp_path, quick=True)
     assert row["failures"] == []
     tally = row["equality"]
     assert tally["equal"] == tally["of"] == sum(row["axes"].values()) > 2
@@ -47,12 +47,12 @@ def test_the_sample_of_the_command_line_is_the_same_each_time_and_has_every_task
     assert {recipe.task for recipe in chosen} == {recipe.task for recipe in recipes}
 
 
-def test_a_failure_is_a_row_with_its_reason(table: ModuleType) -> None:
+def test_a_failure_is_a_row_with_its_reason(table: ModuleType, tmp_path: Path) -> None:
     def broken() -> Any:
         raise ValueError("no such size")
 
     recipe = table.Recipe("broken", "LlamaForCausalLM", "causal-lm", broken)
-    row = table.examine(recipe, "eager", quick=True)
+    row = table.examine(recipe, "eager", tmp_path, quick=True)
     assert row["failures"] == ["make: ValueError: no such size"]
     page = table.page([row])
     assert "| broken (failed) | LlamaForCausalLM | - | - | - | - | - |" in page
