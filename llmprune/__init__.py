@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmprune import errors
+    from llmprune.apply import apply
     from llmprune.checkpoint import from_pretrained, save_pretrained
     from llmprune.compact import compact
     from llmprune.doctor import doctor
@@ -46,6 +47,7 @@ __all__ = [
     "Scores",
     "Verification",
     "__version__",
+    "apply",
     "compact",
     "doctor",
     "errors",
@@ -72,6 +74,7 @@ _HOME = {
     "Report": "prune",
     "Scores": "score",
     "Verification": "verify",
+    "apply": "apply",
     "compact": "compact",
     "doctor": "doctor",
     "evaluate": "evaluate",

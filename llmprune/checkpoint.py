@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,8 @@ from llmprune.errors import CheckpointError, InputError
 from llmprune.loading import RECORD, from_pretrained, load_model, load_tokenizer, quiet_transformers
 from llmprune.record import Compaction
 from llmprune.reload import compare, loaded, same, stated
-from llmprune.stock_form import find, proof
+from llmprune.shards import sha256
+from llmprune.stock_form import Accept, find, proof
 from llmprune.wrapped import on_uncompiled
 
 __all__ = ["FORMS", "Saved", "from_pretrained", "load_model", "load_tokenizer", "save_pretrained"]
@@ -39,7 +40,8 @@ also where only the config of another class can, one that computes the same (a L
 SHARD_SIZE = "5GB"
 """Largest safetensors file."""
 
-_BESIDES = 1 << 20  # bytes allowed for everything but the weights
+BESIDES = 1 << 20
+"""Bytes allowed for everything but the weights."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +105,45 @@ def save_pretrained(
     record = record if isinstance(record, Compaction) else None
     _check_model(model, record)
     sizes = {t.data_ptr(): t.numel() * t.element_size() for t in universal.tensors_of(model).values()}
-    with published(directory, overwrite, sum(sizes.values()) + _BESIDES) as folder:
-        writer = _Writer(model, None if record is None else record.current(), folder, inputs, max_shard_size)
-        if record is None:
-            try:
-                written, error, reason = "stock", writer.stock(model.config), ""
-            except CheckpointError as failure:
-                raise CheckpointError(_unrecorded(model) or str(failure)) from failure
-        else:
-            written, error, reason = writer.best(form)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if record is not None:
-            _write_record(folder, record, written)
-            name = Path(directory).resolve().name
-            auto = universal.auto_classes(universal.stock_class(model), type(model.config))
-            parameters = sum(p.numel() for p in model.parameters())
-            source = str(model.config.name_or_path)
-            text = model_card(record, parameters, written, name, max(auto, key=len), source, figures)
-            (folder / "README.md").write_text(text, encoding="utf-8")
-        total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    with published(directory, overwrite, sum(sizes.values()) + BESIDES) as folder:
+        writer = Writer(model, None if record is None else record.current(), folder, inputs, max_shard_size)
+        return fill(writer, record, directory, tokenizer, form, figures)
+
+
+def fill(
+    writer: Writer,
+    record: Compaction | None,
+    directory: str | Path,
+    tokenizer: Any,
+    form: str,
+    figures: Mapping[str, Any] | None = None,
+) -> Saved:
+    """Have a writer write all that a checkpoint folder holds; arguments and errors as :func:`save_pretrained`."""
+    model, folder = writer.model, writer.folder
+    if record is None:
+        try:
+            written, error, reason = "stock", writer.stock(model.config), ""
+        except CheckpointError as failure:
+            raise CheckpointError(_unrecorded(model) or str(failure)) from failure
+    else:
+        written, error, reason = writer.best(form)
+    writer.finish()
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if record is not None:
+        _write_record(folder, record, written, writer.checksums)
+        name = Path(directory).resolve().name
+        auto = universal.auto_classes(universal.stock_class(model), type(model.config))
+        parameters = sum(p.numel() for p in model.parameters())
+        source = str(model.config.name_or_path)
+        text = model_card(record, parameters, written, name, max(auto, key=len), source, figures)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Saved(str(directory), written, total, error, reason)
 
 
 @dataclass
-class _Writer:
+class Writer:
     """Writes one model into a temporary folder, in one form or the other, and reads it back."""
 
     model: Any
@@ -135,6 +151,8 @@ class _Writer:
     folder: Path
     inputs: Mapping[str, Any] | None
     max_shard_size: int | str
+    checksums: dict[str, str] = field(default_factory=dict)
+    """File of weights -> its sha256, hexadecimal; once :meth:`finish` has been called."""
 
     def best(self, form: str) -> tuple[str, float | None, str]:
         """The asked form, or the first that holds; what was written, the reloaded model's error, and why not stock."""
@@ -144,9 +162,7 @@ class _Writer:
         base = universal.base_config(self.model, record)
         reason = ""
         if form != "universal":
-            found, reason = find(
-                self.model, record, base, proof(self.model, self.inputs), any_class=form == "stock"
-            )
+            found, reason = find(self.model, record, base, self.proof(), any_class=form == "stock")
             if found is not None:
                 return "stock", self.stock(found.config, found.kind, must_run=True), ""
         if form == "stock":
@@ -185,6 +201,15 @@ class _Writer:
             spec["buffers"] += other
             self.clear()
         return self._compared(twin)
+
+    def proof(self) -> Accept:
+        """What a stock form has to stand."""
+        return proof(self.model, self.inputs)
+
+    def finish(self) -> None:
+        """After the form has been settled: note what the files of weights are."""
+        for file in sorted(self.folder.glob("*.safetensors")):
+            self.checksums[file.name] = sha256(file)
 
     def clear(self) -> None:
         """Empty the temporary folder."""
@@ -263,6 +288,7 @@ def _unrecorded(model: Any) -> str | None:
     return None
 
 
-def _write_record(folder: Path, record: Compaction, form: str) -> None:
-    text = json.dumps({"format": universal.FORMAT, "form": form, **record.to_json()})
+def _write_record(folder: Path, record: Compaction, form: str, checksums: Mapping[str, str]) -> None:
+    values = {"format": universal.FORMAT, "form": form, **record.to_json(), "sha256": dict(checksums)}
+    text = json.dumps(values)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | score | trace | verify | evaluate | doctor``.
+"""The command line: ``llmprune prune | score | trace | verify | apply | evaluate | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
-from llmprune.commands import evaluate
+from llmprune.commands import apply, evaluate
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
     check_file,
@@ -187,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--original", type=path_argument, metavar="DIR", help="what the pruned MODEL_DIR was made from"
     )
 
+    apply.register(commands)
     evaluate.register(commands)
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
@@ -425,9 +426,11 @@ def _verify(options: argparse.Namespace) -> None:
         with clock.stage("verify", "comparing with the masked reference"):
             result: Any = verify(model, plan)
     else:
+        from llmprune.loading import check_files
         from llmprune.recheck import recheck
 
         model, _ = load(options.model, clock, options.trust_remote_code)
+        check_files(options.model)
         original = (
             None if options.original is None else load(options.original, clock, options.trust_remote_code)[0]
         )

@@ -30,8 +30,8 @@ from llmprune.wrapped import check_present, on_uncompiled
 
 log = logging.getLogger(__name__)
 
-# Integers of a tensor's element size: compaction moves bits, so every dtype travels as one DLPack knows.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by element size: compaction moves bits, so every dtype travels as one that DLPack knows."""
 
 # Sizes that torch.nn's own modules keep beside their parameters: attribute -> dimension of ``weight``. Nothing computes
 # with them, but code that inspects a model (and its printed form) reads them.
@@ -447,7 +447,7 @@ def _extent(tensor: torch.Tensor) -> int:
 def _kernel_word(tensor: torch.Tensor) -> torch.dtype | None:
     """What a kernel of ours takes the tensor's elements for where it lies; None where there is none."""
     if tensor.device.type == "cpu" or (tensor.device.type == "cuda" and cuda.unavailable() is None):
-        return _WORDS.get(tensor.element_size())
+        return WORDS.get(tensor.element_size())
     return None
 
 
@@ -472,7 +472,7 @@ def _movable(cuts: list[Cut]) -> list[list[Cut]]:
 def _move(group: list[Cut]) -> None:
     """Compact tensors on one CUDA device together, each inside its own memory."""
     whole = [cut.tensor.detach() for cut in group]
-    cuda.compact_many([t.view(_WORDS[t.element_size()]) for t in whole], [cut.kept for cut in group])
+    cuda.compact_many([t.view(WORDS[t.element_size()]) for t in whole], [cut.kept for cut in group])
     for cut, tensor in zip(group, whole, strict=True):
         _give(cut.tensor, _front(tensor, cut.kept))
 

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from llmprune import adapters, universal
 from llmprune.errors import CheckpointError
 from llmprune.record import Compaction, config_snapshot
-from llmprune.shards import DTYPES, find_tensors, read_json
+from llmprune.shards import DTYPES, find_tensors, read_json, sha256
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,18 @@ RECORD = "llmprune.json"
 
 _CONFIG = "config.json"
 _FLOATS = {kind: DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16")}
-_LOADING = (OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError)
+LOADING = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    StrictDataclassError,
+)
+"""What loading with transformers may raise."""
+
 _CHUNK = 1 << 24  # elements looked at in one go for NaN
 
 
@@ -106,8 +117,22 @@ def load_tokenizer(directory: str | Path) -> Any | None:
     try:
         with quiet_transformers():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except _LOADING as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    except LOADING as error:
+        raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def check_files(directory: str | Path) -> None:
+    """Raise CheckpointError where a file is not the one that a pruned folder's record describes by its sha256."""
+    folder = Path(directory)
+    if not (folder / RECORD).is_file():
+        return
+    for name, expected in read_json(folder / RECORD).get("sha256", {}).items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing, but {RECORD} names it: copy it again")
+        if sha256(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was saved (another sha256 than {RECORD} says): copy it again"
+            )
 
 
 @contextmanager
@@ -131,9 +156,9 @@ def load_errors(folder: Path, kind: type[Any]) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (*_LOADING, StrictDataclassError) as error:
+    except LOADING as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded as a {kind.__name__}: {_first_line(error)}"
+            f"{folder} cannot be loaded as a {kind.__name__}: {first_line(error)}"
         ) from error
 
 
@@ -206,6 +231,13 @@ def _recorded_class(folder: Path) -> type[Any]:
 
 def check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: dict[str, str]) -> None:
     """Raise CheckpointError unless every parameter came from the files, in float, with finite values."""
+    _check_floats(folder, model, kinds, info)
+    check_keys(folder, model, info)
+    _check_finite(folder, model)
+
+
+def _check_floats(folder: Path, model: nn.Module, kinds: dict[str, str], info: dict[str, Any]) -> None:
+    """Raise CheckpointError for parameters that are stored as integers, or that others stand for (packed weights)."""
     packed = sorted(name for name, kind in kinds.items() if kind not in _FLOATS)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wrong = next((name for name in packed if name in parameters), None)
@@ -215,11 +247,16 @@ def check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: di
             "made from"
         )
     missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        also = f"; {packed[0]} is {kinds[packed[0]]}: are the weights packed?" if packed else ""
+    if missing and packed:
         raise CheckpointError(
-            f"{folder} lacks {missing[0]}{_others(missing)} of the {type(model).__name__} its config describes{also}"
+            f"{_lacking(folder, model, missing)}; {packed[0]} is {kinds[packed[0]]}: are the weights packed?"
         )
+
+
+def check_keys(folder: str | Path, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raise CheckpointError unless every parameter came from the files, in its shape."""
+    if missing := sorted(info.get("missing_keys", ())):
+        raise CheckpointError(_lacking(folder, model, missing))
     if mismatched := info.get("mismatched_keys"):
         name, stored, wanted = min(mismatched)
         raise CheckpointError(
@@ -230,6 +267,14 @@ def check_loaded(folder: Path, model: nn.Module, info: dict[str, Any], kinds: di
         log.warning(
             "%s holds tensors that its model does not use: %s%s", folder, unexpected[0], _others(unexpected)
         )
+
+
+def _lacking(folder: str | Path, model: nn.Module, missing: list[str]) -> str:
+    return f"{folder} lacks {missing[0]}{_others(missing)} of the {type(model).__name__} its config describes"
+
+
+def _check_finite(folder: Path, model: nn.Module) -> None:
+    """Raise CheckpointError where a parameter holds NaN or an infinite value."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not _finite(parameter):
             kind = "NaN" if bool(torch.isnan(parameter).any()) else "infinite"
@@ -277,7 +322,7 @@ def _others(names: list[str]) -> str:
     return f" and {len(names) - 1} others" if len(names) > 1 else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A first line that ends in a colon announces what the second says.
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:300]

@@ -168,6 +168,11 @@ class Recorder(TorchDispatchMode):
         """The value of a meta tensor, where known."""
         return self._shadows.get(self._ids.get(id(tensor), -1))
 
+    def constants(self) -> dict[int, torch.Tensor | None]:
+        """The tensors that came from outside, parameters, buffers and inputs excepted: id -> value, where known."""
+        roles = enumerate(entry[3] for entry in self.tape.tensors)
+        return {tid: self._shadows.get(tid) for tid, role in roles if role == "constant"}
+
     def undo_writes(self) -> None:
         """Write back what parameters and buffers held before the pass wrote into them (real device)."""
         for tensor, before in self._originals.values():

@@ -112,7 +112,7 @@ def same(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     return mine.shape == theirs.shape and torch.equal(mine.detach().to(theirs), theirs.detach())
 
 
-def _close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+def close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Equal up to the rounding of float32."""
     if not mine.is_floating_point():
         return same(mine, theirs)
@@ -135,7 +135,7 @@ def _compare_tensors(model: nn.Module, twin: nn.Module) -> list[str]:
         equal = name in mine and name in theirs and same(mine[name], theirs[name])
         if equal:
             continue
-        if name in computed and name in mine and _close(mine[name], theirs[name]):
+        if name in computed and name in mine and close(mine[name], theirs[name]):
             rounded.append(name)
             continue
         raise CheckpointError(

@@ -7,6 +7,7 @@ without gaps.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -158,6 +159,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds no JSON object: copy it again")
     return values
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _parse(file: Path, text: bytes) -> dict[str, Any]:

@@ -341,7 +341,7 @@ def test_ctrl_c_while_saving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     for name in ("_weights", "_reload", "_compared"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint._Writer, name, interrupt)
+            patch.setattr(checkpoint.Writer, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 checkpoint.save_pretrained(model, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
