@@ -1,24 +1,20 @@
 """Importances read off the inputs of the weights that consume an axis, in one forward pass and with no gradient.
 
-An axis is consumed where a parameter is contracted along it (:mod:`llmprune.consumers`). With ``W`` (out x in) such a
-parameter and ``x`` its inputs over the calibration tokens, what the removal of inputs ``P`` does to its outputs is
+An axis is consumed where a parameter is contracted along it (:mod:`llmprune.consumers`). The formulas stand in
+:mod:`llmprune.importance`; this is the pass that gathers the moments of the inputs they need. Where whole Gram matrices
+are needed, an axis is scored as soon as its consumers have seen every token, so that no more than a few are held.
 
-``obs``
-    ``tr(W_P [(H^-1)_PP]^-1 W_P^T)`` with ``H = E[x x^T]`` plus a ridge: the squared output error that is left after the
-    weights of the inputs that stay have made good what they can (optimal brain surgeon, Hassibi & Stork 1993; for
-    groups: OBC, Frantar & Alistarh 2022, eq. 3; ZipLM, Kurtic et al. 2023, eq. 3). Groups go in rounds, each round the
-    least of what is left; after each, ``H^-1`` and ``W`` become those of the smaller layer. A group's score is its
-    error when it went, and always more than that of one which went before it.
-``fluctuation``
-    ``Var(x_i) |W_:i|^2``, summed over the group's inputs (FLAP, An et al. 2023, eq. 5).
-``activation``
-    ``sqrt(sum E[x_i^2])`` over the group's inputs (Minitron, Muralidharan et al. 2024, section 2.2, with the L2 norm).
+Their scores are in units of the loss where the model has one: a backward pass over a few samples finds the gradient at
+each consumer's outputs. Nothing hooks into autograd for it: what backward multiplies by a weight, along the dimension
+that forward does not contract, is that gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,35 +24,17 @@ from torch import nn
 from llmprune.calibration import Batch
 from llmprune.consumers import Taps, Use
 from llmprune.errors import CalibrationError
-from llmprune.loss import logits_of
+from llmprune.importance import Importance
+from llmprune.loss import SampleLosses, check_losses, logits_of
+from llmprune.moments import Consumer, Moments
 
 if TYPE_CHECKING:
     from llmprune.apart import Around
     from llmprune.graph import Axis, Graph
 
-RIDGE = 0.01
-"""Added to the Gram matrix, in units of its mean diagonal."""
-ROUNDS = 32
-"""A round of ``obs`` takes one in so many of the groups that are left, at least one."""
-
-Positions = np.ndarray
-
-
-@dataclass
-class _Moments:
-    """Sums over the tokens that a use saw."""
-
-    count: int = 0
-    total: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    square: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    """Elementwise, or whole (in x in) where it is needed."""
-
-    def add(self, x: torch.Tensor, whole: bool) -> None:
-        """Count more tokens in, x (tokens, in)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.count += len(x)
-        self.total = self.total + x.sum(0).double()
-        self.square = self.square + (x.t() @ x if whole else x.square().sum(0)).double()
+GRADIENT_TOKENS = 640
+"""How many tokens, in whole samples, the gradients at the outputs are taken over."""
+_SKETCH = 8
 
 
 def activation_scores(
@@ -65,7 +43,8 @@ def activation_scores(
     axes: Sequence[Axis],
     outer: Mapping[int, Around],
     batch: Batch,
-    name: str,
+    rule: Importance,
+    losses_of: SampleLosses | None,
     batch_size: int | None,
     tick: Callable[[int], object],
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
@@ -78,7 +57,8 @@ def activation_scores(
         outer: axis id -> what lies around it, for the indices of which it may be cut apart. A slice of a stack that saw
             no token has the scores of the whole axis.
         batch: calibration samples.
-        name: ``obs``, ``fluctuation`` or ``activation``.
+        rule: an importance of sort ``inputs``.
+        losses_of: the loss whose curvature weighs the consumers; None: they weigh the same.
         batch_size: samples that run at a time; None: all.
         tick: called with the number of samples done.
 
@@ -86,157 +66,215 @@ def activation_scores(
         Axis id -> (size,), and axis id -> (outer size, size), both float64.
 
     Raises:
-        CalibrationError: a consumer's inputs are not finite.
+        CalibrationError: a consumer's inputs, or a sample's loss, are not finite.
     """
     inner: dict[str, set[int]] = {}
     for axis in axes:
         for member in axis.members:
             inner.setdefault(member.parameter, set()).add(member.dim)
     weights = {n: p.data for n, p in model.named_parameters() if n in inner}
-    moments: dict[Use, _Moments] = {}
+    step = batch_size or batch.samples
+    parts = [batch.take(i, min(i + step, batch.samples)) for i in range(0, batch.samples, step)]
+    expected: Counter[Use] = Counter()
+    curvature: dict[Use, float] = {}
+    if rule.gram:
+        with torch.no_grad(), Taps(weights, inner, lambda use, _x, _y: expected.update([use])):
+            logits_of(model, batch.sketch(_SKETCH).inputs)
+        if losses_of is not None:
+            curvature = _curvature(model, weights, inner, batch, losses_of)
+    for counts in (expected, Counter[Use]()):
+        work = _Scorer(graph, weights, axes, outer, rule, curvature, counts, len(parts))
+        with torch.no_grad(), Taps(weights, inner, work.see):
+            for part in parts:
+                work.begin()
+                with contextlib.suppress(_Done):
+                    logits_of(model, part.inputs)
+                if not work.late:
+                    tick(part.samples)
+        if not work.late:  # else which experts are met depends on the tokens: hold every sum until the end
+            break
+    work.finish()
+    return work.flat, work.nested
+
+
+def _curvature(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    inner: Mapping[str, set[int]],
+    batch: Batch,
+    losses_of: SampleLosses,
+) -> dict[Use, float]:
+    """Half the mean square of the gradient at each use's outputs, of the loss summed over a sample's tokens.
+
+    Uses whose gradient is not met have the mean of the others.
+    """
+    length = max(1, batch.tokens // batch.samples)
+    part = batch.take(0, min(batch.samples, -(-GRADIENT_TOKENS // length)))
+    tokens: dict[Use, int] = {}
+    squares: dict[Use, float] = {}
+    uses: set[Use] = set()
+    backward = False
 
     def see(use: Use, x: torch.Tensor, _y: torch.Tensor) -> None:
-        if use.taps == 1:
-            moments.setdefault(use, _Moments()).add(x.reshape(-1, x.shape[-1]), name == "obs")
+        if not backward:
+            if use.inner in inner[use.name]:
+                uses.add(use)
+            return
+        tokens[use] = tokens.get(use, 0) + x[..., 0].numel()
+        squares[use] = squares.get(use, 0.0) + float(x.double().square().sum())
 
-    step = batch_size or batch.samples
-    with torch.no_grad(), Taps(weights, inner, see):
-        for start in range(0, batch.samples, step):
-            part = batch.take(start, min(start + step, batch.samples))
-            logits_of(model, part.inputs)
-            tick(part.samples)
-    for use, seen in moments.items():
-        if not bool(torch.isfinite(seen.square).all()):
-            raise CalibrationError(
-                f"the inputs of {use.name} are not finite on the calibration samples: run the model in float32, or "
-                "look for damaged weights"
-            )
-    flat, nested = {}, {}
-    for axis in axes:
-        consumers = [
-            _Consumer(
-                use.matrix(weights[use.name]), seen, np.asarray(member.positions).reshape(axis.size, -1), use
-            )
-            for member in axis.members
-            for use, seen in moments.items()
-            if (use.name, use.inner) == (member.parameter, member.dim)
-        ]
+    # Norms and biases let the gradient through to every product, and cost next to nothing themselves.
+    small = [p for p in model.parameters() if p.dim() < 2 and p.is_floating_point()]
+    small = small or [p for p in model.parameters() if p.is_floating_point()]
+    dims = {name: set(range(weight.dim())) for name, weight in weights.items()}
+    try:
+        for parameter in small:
+            parameter.requires_grad_(True)
+        with Taps(weights, dims, see):
+            losses = losses_of(part)
+            check_losses(losses)
+            backward = True
+            if losses.requires_grad:
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for parameter in small:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    every = part.samples * length
+    found = {}
+    for use in uses:
+        there = [u for u in squares if (u.name, u.lead, u.inner) == (use.name, use.lead, use.outer)]
+        if there and use.taps == 1:
+            # The mean over all tokens of what those that come by this use have; losses are means over their samples.
+            square = sum(squares[u] for u in there) / every * length**2
+            found[use] = 0.5 * square / max(1, use.count)
+    mean = float(np.mean(list(found.values()))) if found else 1.0
+    return {use: found.get(use, mean) or np.finfo(np.float64).tiny for use in uses}
+
+
+class _Done(Exception):
+    """Every consumer has been met: the rest of the forward pass is not needed."""
+
+
+class _Scorer:
+    """Gathers moments while the passes run, and scores an axis once its consumers have been met as often as expected.
+
+    Args:
+        graph: the model's graph.
+        weights: name -> parameter.
+        axes, outer, rule: as for :func:`activation_scores`.
+        curvature: of each use; those that are missing have 1.
+        expected: how often each use will be met in a pass; empty: nothing is scored before :meth:`finish`.
+        passes: how many passes there are.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Mapping[str, torch.Tensor],
+        axes: Sequence[Axis],
+        outer: Mapping[int, Around],
+        rule: Importance,
+        curvature: Mapping[Use, float],
+        expected: Counter[Use],
+        passes: int,
+    ) -> None:
+        self._graph, self._weights, self._outer, self._rule = graph, weights, outer, rule
+        self._axes = {axis.id: axis for axis in axes}
+        self._places = {axis.id: {(m.parameter, m.dim) for m in axis.members} for axis in axes}
+        self._curvature = curvature
+        self._left = Counter({use: count * passes for use, count in expected.items()})
+        self._expected, self._here = expected.total(), 0
+        self._moments: dict[Use, Moments] = {}
+        self._scored: set[int] = set()
+        self.late = False
+        self.flat: dict[int, np.ndarray] = {}
+        self.nested: dict[int, np.ndarray] = {}
+
+    def begin(self) -> None:
+        """Another pass begins."""
+        self._here = 0
+
+    def see(self, use: Use, x: torch.Tensor, _y: torch.Tensor) -> None:
+        """Count a use's inputs in."""
+        if self.late:
+            raise _Done
+        if use.taps == 1:
+            self._moments.setdefault(use, Moments()).add(x.reshape(-1, x.shape[-1]), self._rule.gram)
+        if not self._expected:
+            return
+        self._left[use] -= 1
+        self._here += 1
+        self.late = self._left[use] < 0
+        if not self.late and not self._left[use]:
+            place = (use.name, use.inner)
+            for axis in [axis for axis, places in self._places.items() if place in places]:
+                if all(not n for u, n in self._left.items() if (u.name, u.inner) in self._places[axis]):
+                    self._score(axis)
+            self._release()
+        if self.late or self._here == self._expected:
+            raise _Done
+
+    def finish(self) -> None:
+        """Score what is left."""
+        for axis in self._axes:
+            if axis not in self._scored:
+                self._score(axis)
+        self._moments.clear()
+        self.flat = {axis: self.flat[axis] for axis in self._axes if axis in self.flat}
+        self.nested = {axis: self.nested[axis] for axis in self._axes if axis in self.nested}
+
+    def _release(self) -> None:
+        """Let go of moments that no axis waits for."""
+        waiting = {
+            place for axis, places in self._places.items() if axis not in self._scored for place in places
+        }
+        for use in [use for use in self._moments if (use.name, use.inner) not in waiting]:
+            del self._moments[use]
+
+    def _score(self, number: int) -> None:
+        self._scored.add(number)
+        axis = self._axes[number]
+        consumers = []
+        for member in axis.members:
+            for use, seen in self._moments.items():
+                if (use.name, use.inner) != (member.parameter, member.dim):
+                    continue
+                if not bool(torch.isfinite(seen.square).all()):
+                    raise CalibrationError(
+                        f"the inputs of {use.name} are not finite on the calibration samples: run the model in "
+                        "float32, or look for damaged weights"
+                    )
+                groups = np.asarray(member.positions).reshape(axis.size, -1)
+                curvature = self._curvature.get(use, 1.0)
+                consumers.append(Consumer(use.matrix(self._weights[use.name]), seen, groups, use, curvature))
         if not consumers:
-            continue
-        flat[axis.id] = _SCORES[name](consumers)
-        if axis.id in outer and outer[axis.id].stacked:
-            slices: dict[int, list[_Consumer]] = {}
+            return
+        self.flat[number] = self._rule.function(consumers)
+        if number not in self._outer:
+            return
+        if self._outer[number].stacked:
+            slices: dict[int, list[Consumer]] = {}
             for consumer in consumers:
                 if consumer.use.lead is not None:
                     slices.setdefault(consumer.use.lead, []).append(consumer)
-            nested[axis.id] = np.stack(
+            self.nested[number] = np.stack(
                 [
-                    _SCORES[name](slices[number]) if number in slices else flat[axis.id]
-                    for number in range(outer[axis.id].size)
+                    self._rule.function(slices[place]) if place in slices else self.flat[number]
+                    for place in range(self._outer[number].size)
                 ]
             )
-        elif axis.id in outer:
-            around = graph.axes[outer[axis.id].axes[0]]
-            nested[axis.id] = _SCORES[name]([_apart(consumer, around) for consumer in consumers]).reshape(
-                around.size, axis.size
-            )
-    return flat, nested
+        else:
+            around = self._graph.axes[self._outer[number].axes[0]]
+            apart = [_apart(consumer, around) for consumer in consumers]
+            self.nested[number] = self._rule.function(apart).reshape(around.size, axis.size)
 
 
-@dataclass
-class _Consumer:
-    """A use with what it saw, and for each group which of its inputs are the group's."""
-
-    matrix: torch.Tensor
-    """(inputs, outputs), a view of the weight."""
-    seen: _Moments
-    groups: Positions
-    """(groups, inputs of each)."""
-    use: Use
-
-
-def _apart(consumer: _Consumer, around: Axis) -> _Consumer:
+def _apart(consumer: Consumer, around: Axis) -> Consumer:
     """The same with a group for each pair of an outer index and an index, outer first."""
     owner = np.zeros(len(consumer.matrix), dtype=np.int64)
     for member in around.members:
         if (member.parameter, member.dim) == (consumer.use.name, consumer.use.inner):
             owner[member.positions] = np.arange(around.size)[:, None]
     rows = [row[owner[row] == index] for index in range(around.size) for row in consumer.groups]
-    return _Consumer(consumer.matrix, consumer.seen, np.stack(rows), consumer.use)
-
-
-def _activation(consumers: Iterable[_Consumer]) -> np.ndarray:
-    sums = [(c.seen.square / c.seen.count).cpu().numpy()[c.groups].sum(1) for c in consumers]
-    return np.asarray(np.sqrt(np.sum(sums, axis=0)))
-
-
-def _fluctuation(consumers: Iterable[_Consumer]) -> np.ndarray:
-    sums = []
-    for c in consumers:
-        mean = c.seen.total / c.seen.count
-        variance = (c.seen.square / c.seen.count - mean.square()).clamp(min=0)
-        norms = c.matrix.double().square().sum(1)
-        sums.append((variance * norms).cpu().numpy()[c.groups].sum(1))
-    return np.asarray(np.sum(sums, axis=0))
-
-
-class _Shrinking:
-    """One consumer while its groups go: the inverse Gram matrix and the weight over the inputs that are left."""
-
-    def __init__(self, consumer: _Consumer) -> None:
-        gram = consumer.seen.square / consumer.seen.count
-        scale = float(gram.diagonal().mean()) or 1.0
-        gram.diagonal().add_(RIDGE * scale)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self.weight = consumer.matrix.double().t()
-        self.groups = torch.as_tensor(consumer.groups, device=gram.device)
-
-    def errors(self, alive: torch.Tensor) -> torch.Tensor:
-        """The output error of removing each group of ``alive``."""
-        groups = self.groups[alive]
-        if groups.shape[1] == 1:
-            column = groups[:, 0]
-            return self.weight[:, column].square().sum(0) / self.inverse.diagonal()[column]
-        blocks = self.inverse[groups[:, :, None], groups[:, None, :]]
-        parts = self.weight[:, groups].permute(1, 2, 0)
-        solved: torch.Tensor = torch.linalg.solve(blocks, parts)
-        return (parts * solved).sum((1, 2))
-
-    def remove(self, gone: torch.Tensor) -> None:
-        """Take groups out: what is left of the weight makes good for them."""
-        out = self.groups[gone].flatten()
-        left = torch.ones(len(self.inverse), dtype=torch.bool, device=out.device).index_fill_(0, out, False)
-        change = torch.linalg.solve(self.inverse[out][:, out], self.inverse[out][:, left])
-        self.weight = self.weight[:, left] - self.weight[:, out] @ change
-        self.inverse = self.inverse[left][:, left] - self.inverse[left][:, out] @ change
-        self.groups = (left.cumsum(0) - 1)[self.groups]
-
-
-def _obs(consumers: Iterable[_Consumer]) -> np.ndarray:
-    layers = [_Shrinking(consumer) for consumer in consumers]
-    count = len(layers[0].groups)
-    scores = np.zeros(count)
-    alive = torch.arange(count, device=layers[0].groups.device)
-    highest = 0.0
-    while len(alive):
-        errors = torch.stack([layer.errors(alive) for layer in layers]).sum(0)
-        order = torch.argsort(errors, stable=True)[: max(1, len(alive) // ROUNDS)]
-        for place in order.tolist():
-            highest = max(
-                np.nextafter(highest, np.inf), float(errors[place])
-            )  # the order is told by the scores
-            scores[int(alive[place])] = highest
-        gone = alive[order]
-        if len(gone) < len(alive):
-            for layer in layers:
-                layer.remove(gone)
-        stays = torch.ones(len(alive), dtype=torch.bool, device=alive.device).index_fill_(0, order, False)
-        alive = alive[stays]
-    return scores
-
-
-_SCORES: dict[str, Callable[[list[_Consumer]], np.ndarray]] = {
-    "obs": _obs,
-    "fluctuation": _fluctuation,
-    "activation": _activation,
-}
+    return replace(consumer, groups=np.stack(rows))

@@ -7,7 +7,8 @@ or as many as ``round_to`` demands). Each step has a key, rising within its axis
   rounded to its nearest step. Layers with equal sizes lose equal counts, but for one step of the finest kind.
 - ``global``: the mean score per freed parameter of the step's indices, divided by the mean of that density over all
   axes of the same kind. The first division makes a head and a channel comparable as what they are, cost for benefit
-  (Ma et al. 2023 rank within a kind only); the second makes the kinds comparable whatever the aggregation's scale is.
+  (Ma et al. 2023 rank within a kind only); the second makes the kinds comparable whatever the aggregation's scale is,
+  and is left out where scores are in units of the loss (``obs``).
 
 The merged sequence of steps is followed as far as the budget allows (found by bisection, since cost is monotone but not
 additive: q and o share their heads with k and v), and what is left of the budget is filled by the next steps that fit.
@@ -33,7 +34,8 @@ Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 Layer = tuple[str, int]
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("auto", "uniform", "global")
+"""``auto`` is ``global`` of scores in units of the loss, and ``uniform`` of others."""
 
 
 def rank(scores: Array) -> Indices:
@@ -154,12 +156,14 @@ class Budget:
         system: closes removals over ties.
         candidates: the axes that may give, each once.
         allocation: ``uniform`` or ``global``.
+        comparable: whether the scores of all kinds are in one unit.
     """
 
     graph: CountedGraph
     system: System
     candidates: Sequence[Candidate]
     allocation: str
+    comparable: bool = False
 
     def __post_init__(self) -> None:
         self.total = self.graph.numel({})
@@ -184,13 +188,13 @@ class Budget:
         return np.maximum.accumulate(means) if len(means) else means
 
     def _normalise(self) -> None:
-        """Divide by the parameters one index frees, then by the mean of that over the kind."""
+        """Divide by the parameters one index frees, and by the mean of that over a kind with a unit of its own."""
         self._costs = [max(1, self.total - self.graph.numel({c.axis: 1})) for c in self.candidates]
         density = [1.0 / cost for cost in self._costs]
         for kind in {c.kind for c in self.candidates}:
             chosen = [i for i, c in enumerate(self.candidates) if c.kind == kind]
             weight = sum(float(self.candidates[i].scores.sum()) * density[i] for i in chosen)
-            mean = weight / sum(self.candidates[i].size for i in chosen)
+            mean = 1.0 if self.comparable else weight / sum(self.candidates[i].size for i in chosen)
             for i in chosen:
                 self._means[i] = self._means[i] * (density[i] / mean if mean > 0 else 0.0)
 

@@ -31,7 +31,7 @@ def check_choice(
     ratio: float | Mapping[str, float] | None,
     *,
     kinds: Sequence[str] = ("head", "ffn"),
-    allocation: str = "uniform",
+    allocation: str = "auto",
     protect_first: int | None = None,
     protect_last: int | None = None,
     round_to: int | str = 1,

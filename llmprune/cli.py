@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         default=("head", "ffn"),
         help="kinds of axes to prune; layer drops whole layers, attention and feedforward these alone (head,ffn)",
     )
-    prune.add_argument("--allocation", default="uniform", help="uniform or global (%(default)s)")
+    prune.add_argument("--allocation", default="auto", help="auto, uniform or global (%(default)s)")
     prune.add_argument(
         "--protect-first", type=int, metavar="N", help="layers left whole at the start (4 of 32)"
     )

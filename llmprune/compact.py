@@ -89,7 +89,7 @@ def compact(
     Args:
         model: the model the plan was made for.
         plan: a :class:`llmprune.plan.Plan`.
-        weights: new values of some of the parameters that the plan cuts, in the shape they have afterwards
+        weights: new values of some of the parameters, in the shape they have afterwards
             (:attr:`llmprune.repair.Repair.weights`).
         release: on a CUDA device, give memory back; on the CPU that is always done.
 
@@ -219,7 +219,7 @@ def prepare(
             raise PlanError(f"the plan cuts {name!r}, which this {type(model).__name__} does not have")
         kept = _checked_positions(name, tensors[name], dims)
         cuts.append(Cut(name, tensors[name], kept, scale=scales.get(name)))
-    cuts = _with_values(cuts, weights or {})
+    cuts = _with_values(model, cuts, weights or {})
     _check_tensors(tensors, cuts)
     attributes = [AttributeValue(a.module, a.name, a.index, a.new) for a in plan.attributes]
     for attribute in plan.attributes:
@@ -240,14 +240,19 @@ def _follow(model: nn.Module, plan: Any, done: Compaction) -> depth.Follow:
     return depth.follow(model, list(getattr(plan, "layers", ())), done.current())
 
 
-def _with_values(cuts: list[Cut], weights: Mapping[str, torch.Tensor]) -> list[Cut]:
-    """The cuts with the values they are to end with."""
-    shapes = {cut.name: cut.shape for cut in cuts}
-    for name, values in weights.items():
-        if shapes.get(name) != tuple(values.shape):
+def _with_values(model: nn.Module, cuts: list[Cut], weights: Mapping[str, torch.Tensor]) -> list[Cut]:
+    """The cuts with the values they are to end with; parameters that get values and are not cut join them."""
+    there, own = {cut.name for cut in cuts}, dict(model.named_parameters()) if weights else {}
+    for name in weights:
+        if name not in own:
             raise PlanError(
-                f"new values of {name} have shape {tuple(values.shape)}, but the plan "
-                + (f"leaves {shapes[name]}" if name in shapes else "does not cut it")
+                f"there are new values of {name!r}, which this {type(model).__name__} does not have"
+            )
+    cuts = cuts + [Cut(name, own[name], {}) for name in weights if name not in there]
+    for cut in cuts:
+        if cut.name in weights and cut.shape != tuple(weights[cut.name].shape):
+            raise PlanError(
+                f"new values of {cut.name} have shape {tuple(weights[cut.name].shape)}, but the plan leaves {cut.shape}"
             )
     return [replace(cut, values=weights.get(cut.name)) for cut in cuts]
 

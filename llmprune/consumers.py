@@ -7,7 +7,7 @@ projection, stack of experts or plain function they come from, and knows paramet
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Use:
         lead: index in the first dimension of a stack of matrices; None for a parameter that is no stack.
         first, count: which outputs.
         taps: elements of a convolution's kernel for each input channel, 1 for matrices.
+        bias: the 1-D parameter that the same operation adds to just these outputs; None where none was looked for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Use:
     first: int
     count: int
     taps: int = 1
+    bias: str | None = None
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The part as a view of ``weight``, (inputs * taps, outputs)."""
@@ -52,6 +54,11 @@ Observer = Callable[[Use, torch.Tensor, torch.Tensor], None]
 write: what it leaves there is what the model goes on with."""
 
 
+def id_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What two tensors that begin at the same element share."""
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+
+
 class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls an observer at each use of some parameters.
 
@@ -59,10 +66,20 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights: name -> parameter of the running model; those that are not contiguous are not seen.
         inner: name -> the dimensions whose contraction counts.
         observe: see :data:`Observer`.
+        biases: name -> 1-D parameter that may be a use's bias.
+
+    Attributes:
+        elsewhere: names of the parameters that other operations read, noted where it is a set to begin with.
     """
 
+    elsewhere: set[str] | None = None
+
     def __init__(
-        self, weights: Mapping[str, torch.Tensor], inner: Mapping[str, Collection[int]], observe: Observer
+        self,
+        weights: Mapping[str, torch.Tensor],
+        inner: Mapping[str, Collection[int]],
+        observe: Observer,
+        biases: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._weights = {
@@ -70,6 +87,7 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for name in inner
             if weights[name].is_contiguous()
         }
+        self._biases = {id_of(bias): name for name, bias in (biases or {}).items()}
         self._inner = inner
         self._observe = observe
 
@@ -79,16 +97,37 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run ``func`` and show it to the observer if it is a use."""
         out = func(*args, **(kwargs or {}))
         if func is aten.mm.default or func is aten.addmm.default:
-            self._product(args[-2], args[-1], out)
+            self._product(args[-2], args[-1], out, args[0] if len(args) == 3 and not kwargs else None)
         elif func is aten.bmm.default or func is aten.baddbmm.default:
             self._products(args[-2], args[-1], out)
         elif func is aten.convolution.default:
             self._convolution(args, out)
+        elif self.elsewhere is not None:
+            self._note(args, out)
         return out
 
-    def _product(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    def _note(self, args: tuple[Any, ...], out: Any) -> None:
+        """Note the parameters that an operation reads, unless its result is but another view of them."""
+        for arg in args:
+            found = (
+                self._weights.get(arg.untyped_storage().data_ptr()) if isinstance(arg, torch.Tensor) else None
+            )
+            if found is None or self.elsewhere is None:
+                continue
+            if not isinstance(out, torch.Tensor) or out.untyped_storage().data_ptr() != id_of(found[1])[0]:
+                self.elsewhere.add(found[0])
+
+    def _biased(self, use: Use, bias: torch.Tensor | None) -> Use:
+        """The use with its bias, where that is a whole parameter with one entry for each output."""
+        if bias is None or not self._biases or bias.dim() != 1 or len(bias) != use.count:
+            return use
+        return replace(use, bias=self._biases.get(id_of(bias)))
+
+    def _product(
+        self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
         if (use := self._find(b)) is not None:
-            self._observe(use, a, out)
+            self._observe(self._biased(use, bias), a, out)
         elif (use := self._find(a.t())) is not None:
             self._observe(use, b.t(), out.t())
 
@@ -103,7 +142,7 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._product(*parts)
 
     def _convolution(self, args: tuple[Any, ...], out: torch.Tensor) -> None:
-        x, weight, _, stride, padding, dilation, transposed, _, groups = args
+        x, weight, bias, stride, padding, dilation, transposed, _, groups = args
         found = self._weights.get(weight.untyped_storage().data_ptr())
         if found is None or 1 not in self._inner[found[0]] or transposed or groups != 1 or out.dim() > 4:
             return
@@ -113,7 +152,9 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
         columns = F.unfold(x, kernel, dilation, padding, stride)
         use = Use(found[0], 1, 0, None, 0, len(weight), kernel[0] * kernel[1])
-        self._observe(use, columns.transpose(1, 2), out.view(*out.shape[:2], -1).transpose(1, 2))
+        self._observe(
+            self._biased(use, bias), columns.transpose(1, 2), out.view(*out.shape[:2], -1).transpose(1, 2)
+        )
 
     def _find(self, view: torch.Tensor) -> Use | None:
         """Which part of which parameter a matrix (inputs x outputs) is; None if it is none that counts."""

@@ -60,14 +60,19 @@ def magnitudes(model: nn.Module, stacks: Sequence[StackAxis], rule: Importance) 
 
 
 def influences(
-    model: nn.Module, stacks: Sequence[StackAxis], batch: Batch, progress: Callable[[int], object]
+    model: nn.Module,
+    stacks: Sequence[StackAxis],
+    batch: Batch,
+    rule: Importance,
+    progress: Callable[[int], object],
 ) -> dict[int, Array]:
-    """Block influence of every block: axis id -> (size,), between 0 (it changes no direction) and 2.
+    """Scores read off the stream around every block, averaged over tokens: axis id -> (size,).
 
     Args:
         model: the model, lent out by :func:`llmprune.streaming.undisturbed`.
         stacks: the stacks.
         batch: calibration samples; tokens that an attention mask leaves out do not count.
+        rule: an importance of sort ``layers``.
         progress: called with the number of samples done.
 
     Raises:
@@ -83,16 +88,16 @@ def influences(
         mask = part.inputs.get("attention_mask")
 
         def note(axis: int, position: int, into: torch.Tensor, out: torch.Tensor) -> None:
-            cosine = torch.nn.functional.cosine_similarity(into.double(), out.double(), dim=-1)
-            weight = torch.ones_like(cosine)
-            if mask is not None and mask.shape == cosine.shape:  # noqa: B023
-                weight = mask.to(cosine)  # noqa: B023
-            sums[axis][position] += float((cosine * weight).sum()), float(weight.sum())
+            value = rule.function(into.double(), out.double())
+            weight = torch.ones_like(value)
+            if mask is not None and mask.shape == value.shape:  # noqa: B023
+                weight = mask.to(value)  # noqa: B023
+            sums[axis][position] += float((value * weight).sum()), float(weight.sum())
 
         with torch.no_grad(), _watched(model, stacks, note, streams=True):
             run(model, part.inputs)
         progress(part.samples)
-    return {axis: 1 - both[:, 0] / np.maximum(both[:, 1], 1) for axis, both in sums.items()}
+    return {axis: both[:, 0] / np.maximum(both[:, 1], 1) for axis, both in sums.items()}
 
 
 def contributions(

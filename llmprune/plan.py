@@ -12,38 +12,38 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmprune.allocation import Budget, Candidate, layer_of, protected, rank, rank_rows
+from llmprune.allocation import layer_of
 from llmprune.allocation import stacks as stacks_of
 from llmprune.atomic import write_file
-from llmprune.choice import KINDS, check_choice, check_norms
-from llmprune.closure import close
+from llmprune.choice import check_choice, check_norms
 from llmprune.equations import Attribute, System
 from llmprune.errors import InputError, PlanError
 from llmprune.layer_choice import (
-    DEPTHS,
     Chosen,
-    Shallower,
-    Stack,
     block_summaries,
-    candidates,
     check_blocks,
-    drops_of,
-    fit,
-    sequence,
-    share,
-    with_axes,
-    without_branches,
 )
-from llmprune.layers import Drop, LayerAxis
+from llmprune.layers import Drop
 from llmprune.norms import Norm, Rescale, rescales
 from llmprune.request import fast_multiple
 from llmprune.runs import decode_indices, decode_rows, encode_indices, encode_rows
-from llmprune.scope import resolve, under
-from llmprune.sublayers import Part, PartAxis, split
-from llmprune.targets import Goal, Target, target_of
+from llmprune.scope import resolve
+from llmprune.selection import (
+    Checked,
+    check_removed,
+    check_scores,
+    choose,
+    closed,
+    extend,
+    kind_order,
+    names_of,
+    reach,
+)
+from llmprune.sublayers import Part, split
+from llmprune.targets import target_of
 
 if TYPE_CHECKING:
-    from llmprune.graph import Axis, Graph, MarkedOp
+    from llmprune.graph import Graph, MarkedOp
     from llmprune.request import Request
 
 Indices = npt.NDArray[np.int64]
@@ -194,7 +194,7 @@ class Plan:
     def __str__(self) -> str:
         """A table: per kind, how many axes lose how many of their groups."""
         rows = [("kind", "axes", "groups", "removed", "share")]
-        for kind in sorted({summary["kind"] for summary in self.axes.values()}, key=_kind_order):
+        for kind in sorted({summary["kind"] for summary in self.axes.values()}, key=kind_order):
             chosen = [summary for summary in self.axes.values() if summary["kind"] == kind]
             groups, removed = sum(s["size"] for s in chosen), sum(s["removed"] for s in chosen)
             rows.append((kind, str(len(chosen)), str(groups), str(removed), f"{removed / groups:.1%}"))
@@ -214,10 +214,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def _kind_order(kind: str) -> tuple[int, str]:
-    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
-
-
 def plan(
     graph: Graph,
     scores: Mapping[int, npt.ArrayLike] | None = None,
@@ -225,7 +221,7 @@ def plan(
     *,
     removed: Mapping[int, npt.ArrayLike] | None = None,
     kinds: Sequence[str] = ("head", "ffn"),
-    allocation: str = "uniform",
+    allocation: str = "auto",
     protect_first: int | None = None,
     protect_last: int | None = None,
     round_to: int | str = 1,
@@ -259,9 +255,11 @@ def plan(
             it, k) removes different ones in each.
         kinds: kinds of axes that may give.
         allocation: ``uniform`` (every axis loses the same share) or ``global`` (ranked across layers and kinds by
-            normalised score; the formula is in :mod:`llmprune.allocation`).
-        protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32.
-        protect_last: layers left whole at its end; None scales the paper's 2 of 32.
+            score per parameter; the formula is in :mod:`llmprune.allocation`). ``auto``: ``global`` where the scores
+            are in units of the loss (of ``obs``), else ``uniform``.
+        protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32, and
+            is 0 with ``global`` and scores in units of the loss, which say themselves what a layer is worth.
+        protect_last: layers left whole at its end; None scales the paper's 2 of 32, or is 0 likewise.
         round_to: kept FFN channels per layer must be a multiple of this; ``auto`` takes the one that is fast on this
             machine (:func:`llmprune.request.fast_multiple`).
         scope: path of a module, or the end of just one (``vision_tower``); only axes all of whose parameters lie under
@@ -300,7 +298,7 @@ def plan(
     axes = {axis.id: axis for axis in graph.axes}
     chosen: Chosen = {}
     system = System(graph.axes, _sources(graph))
-    checked = _check_scores(graph, scores) if scores is not None else _Checked({}, {})
+    checked = check_scores(graph, scores) if scores is not None else Checked({}, {})
     options: dict[str, Any] = {"seed": int(seed)}
     for name in ("importance", "aggregation", "calibration_hash"):
         value = getattr(scores, name, None)
@@ -311,7 +309,7 @@ def plan(
             {} if max(removed, default=0) < len(graph.axes) else {stack.id: stack for stack in graph.stacks}
         )
         chosen = check_blocks({key: removed[key] for key in removed if key in whole}, whole)
-        wanted = _check_removed(graph, {key: removed[key] for key in removed if key not in whole})
+        wanted = check_removed(graph, {key: removed[key] for key in removed if key not in whole})
     else:
         check_choice(
             ratio,
@@ -324,6 +322,10 @@ def plan(
         )
         if round_to == "auto":
             round_to = fast_multiple(graph)
+        if allocation == "auto":
+            allocation = "global" if checked.comparable else "uniform"
+        if allocation == "global" and checked.comparable and not isinstance(ratio, Mapping):
+            protect_first, protect_last = protect_first or 0, protect_last or 0
         options |= {
             "ratio": dict(ratio) if isinstance(ratio, Mapping) else None if ratio is None else float(ratio),
             "kinds": list(ratio) if isinstance(ratio, Mapping) else list(kinds),
@@ -338,15 +340,15 @@ def plan(
                 "plan needs scores to choose by: llmprune.score(model, graph, calibration) makes them"
             )
         if target is None:
-            wanted, chosen = _choose(graph, system, checked, options)
+            wanted, chosen = choose(graph, system, checked, options)
         else:
-            wanted, chosen, options["target"] = _reach(graph, system, checked, options, target, measured)
-    chosen, drops, wanted, counts, changed = _closed(graph, system, wanted, chosen)
+            wanted, chosen, options["target"] = reach(graph, system, checked, options, target, measured)
+    chosen, drops, wanted, counts, changed = closed(graph, system, wanted, chosen)
     layers, parts = split(drops)
     prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
     graph.check_choices(counts)
     final = {
-        axis: _extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
+        axis: extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
     }
     attributes = [Attribute.of(leaf, system.old[leaf], new) for leaf, new in sorted(changed.items())]
     blocks = {axis: np.array(gone, dtype=np.int64) for axis, gone in chosen.items() if gone}
@@ -376,295 +378,10 @@ def plan(
     )
 
 
-def _closed(
-    graph: Graph, system: System, wanted: Mapping[int, Indices], chosen: Chosen
-) -> tuple[Chosen, list[Drop | Part], dict[int, Indices], dict[int, int], dict[Any, Any]]:
-    """A choice with what it demands: blocks, as drops, the axes outside of them, the counts, attributes' values."""
-    axes = graph.axes
-    chosen = without_branches(graph, chosen)
-    drops = drops_of(graph, chosen)
-    prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
-    # What goes with its block goes once.
-    wanted = {key: gone for key, gone in wanted.items() if not (prefixes and _inside(axes[key], prefixes))}
-    counts, changed = close(system, {axis: indices.shape[-1] for axis, indices in wanted.items()})
-    if prefixes:
-        counts = {axis: count for axis, count in counts.items() if not _inside(axes[axis], prefixes)}
-    return chosen, drops, wanted, counts, changed
-
-
-def _inside(axis: Axis, prefixes: tuple[str, ...]) -> bool:
-    """Whether all of an axis lies in blocks that go."""
-    return all(name.startswith(prefixes) for name in _names(axis))
-
-
 def _sources(graph: Graph) -> list[Any]:
     """The graph, and the same model recorded under another form of attention where there is one."""
     second = getattr(graph, "second", None)
     return [graph] if second is None else [graph, second]
-
-
-def _names(axis: Axis) -> list[str]:
-    """The parameters and buffers it cuts, in execution order (no positions are built for this)."""
-    return [name for name, _ in axis.places]
-
-
-def _describe(axis: Axis | LayerAxis | PartAxis) -> str:
-    names = [axis.module] if isinstance(axis, (LayerAxis, PartAxis)) else _names(axis)
-    place = f" of {names[0]}" if names else ""
-    return f"axis {axis.id} ({axis.kind}, size {axis.size}{place})"
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """Scores that fit the graph: axis id -> (axis size,), and -> (outer size, axis size) where an axis has them."""
-
-    flat: dict[int, Array]
-    nested: dict[int, Array]
-    pinned: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
-
-
-def _check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> _Checked:
-    """Scores as arrays of the graph's sizes, those of layers among the flat ones."""
-    fingerprint = getattr(scores, "fingerprint", None)
-    if fingerprint is not None and fingerprint != graph.fingerprint:
-        raise PlanError(
-            "these scores belong to another model or to this one before it was pruned: score it again"
-        )
-    axes: dict[int, Any] = {axis.id: axis for axis in graph.axes}
-    if max(scores, default=0) >= len(graph.axes):
-        axes |= {stack.id: stack for stack in graph.stacks}
-
-    def checked(key: int, value: npt.ArrayLike, outer: tuple[int, ...]) -> Array:
-        if key not in axes:
-            raise PlanError(
-                f"the scores name axis {key}, which this graph does not have: score the same graph"
-            )
-        array = np.asarray(value, dtype=np.float64)
-        if array.shape != (*outer, axes[key].size):
-            raise PlanError(f"{_describe(axes[key])} has scores of shape {array.shape}: score the same graph")
-        if not np.isfinite(array).all():
-            bad = int(np.flatnonzero(~np.isfinite(array))[0]) % axes[key].size
-            raise PlanError(f"{_describe(axes[key])} has a score that is not finite at index {bad}")
-        return array
-
-    flat = {key: checked(key, value, ()) for key, value in scores.items()}
-    nested = {
-        key: checked(key, value, (graph.around(key).size,))
-        for key, value in getattr(scores, "nested", {}).items()
-    }
-    return _Checked(flat, nested, getattr(scores, "pinned", {}))
-
-
-def _check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[int, Indices]:
-    axes = {axis.id: axis for axis in graph.axes}
-    out = {}
-    for key, indices in removed.items():
-        if key not in axes:
-            stacks = (
-                f", its layers and parts of layers {[s.id for s in graph.stacks]}" if graph.layers else ""
-            )
-            raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}{stacks}")
-        axis = axes[key]
-        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
-        if values.size == 0:
-            continue
-        if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):
-            raise InputError(f"the removed indices of axis {key} must be integers")
-        values = (
-            np.unique(values.astype(np.int64))
-            if values.ndim == 1
-            else np.sort(values.astype(np.int64), axis=1)
-        )
-        if values.min() < 0 or values.max() >= axis.size:
-            wrong = values.min() if values.min() < 0 else values.max()
-            raise InputError(f"{_describe(axis)} has no index {wrong}")
-        if not axis.prunable:
-            raise PlanError(f"{_describe(axis)} is frozen: {'; '.join(axis.reasons) or 'it is not prunable'}")
-        if values.ndim == 2:
-            rows = graph.around(key).size
-            if len(values) != rows or (np.diff(values, axis=1) == 0).any():
-                raise InputError(
-                    f"{_describe(axis)} needs a row of different indices for each of the {rows} indices around it"
-                )
-        if values.shape[-1] == axis.size:
-            raise PlanError(f"{_describe(axis)} would lose every index: keep at least one")
-        out[key] = values
-    return out
-
-
-def _reach(
-    graph: Graph,
-    system: System,
-    scores: _Checked,
-    options: Mapping[str, Any],
-    target: Target,
-    measured: Request | None,
-) -> tuple[dict[int, Indices], Chosen, dict[str, Any]]:
-    """What to remove for a target, as :func:`_choose` has it, and what the plan says of the target."""
-    goal = Goal(graph, target, options["kinds"], measured)
-    weighed = goal.graph
-
-    def cost(choice: tuple[dict[int, Indices], Chosen]) -> int:
-        _, drops, _, counts, _ = _closed(weighed, system, *choice)
-        return weighed.numel(counts, drops)
-
-    floor = _floor(weighed, system, scores, options)
-    found = None
-    if floor is not None and floor <= goal.limit:
-        found = goal.reach(lambda freed: _choose(weighed, system, scores, options, freed), cost)
-    if found is None:
-        loose: dict[str, dict[str, Any]] = {
-            "protect_first and protect_last": {"protect_first": 0, "protect_last": 0},
-            "scope": {"scope": None},
-            "round_to": {"round_to": 1},
-            "kinds": {"kinds": [kind for kind in KINDS if kind in options["kinds"] or kind not in DEPTHS]},
-        }
-        relaxed = {name: _floor(weighed, system, scores, {**options, **new}) for name, new in loose.items()}
-        raise goal.refuse(
-            goal.before if floor is None else floor,
-            {name: least for name, least in relaxed.items() if least is not None and least != floor},
-        )
-    per = goal.per
-    told = {**target.to_json(), "before": goal.before / per, "limit": goal.limit / per}
-    return *found, {**told, "reached": cost(found) / per}
-
-
-def _floor(graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any]) -> int | None:
-    """What is left when all goes that may go under the options; None where nothing may, or it cannot be told."""
-    try:
-        chosen = {stack.axis.id: sorted(stack.order) for stack in _stacks(graph, scores, options)}
-        drops = drops_of(graph, without_branches(graph, chosen))
-        narrow = set(options["kinds"]) - set(DEPTHS)
-        found = _candidates(graph, scores, options, drops) if narrow else []
-        most = {c.axis: int(steps[-1]) for c in found if len(steps := c.removals())}
-        return graph.numel(close(system, most)[0], drops)
-    except PlanError:
-        return None
-
-
-def _stacks(graph: Graph, scores: _Checked, options: Mapping[str, Any]) -> list[Stack]:
-    """The stacks that may lose blocks under the options."""
-    depths, scope = [kind for kind in DEPTHS if kind in options["kinds"]], options["scope"]
-    if not depths:
-        return []
-    return candidates(
-        graph,
-        depths,
-        scores.flat,
-        scores.pinned,
-        options["protect_first"],
-        options["protect_last"],
-        lambda path: not scope or under(path, scope),
-    )
-
-
-def _choose(
-    graph: Graph, system: System, scores: _Checked, options: Mapping[str, Any], freed: int | None = None
-) -> tuple[dict[int, Indices], Chosen]:
-    """Axis id -> indices to remove for a ratio or a cost to free, and stack id -> blocks to remove."""
-    ratio = options["ratio"]
-    stacks = _stacks(graph, scores, options)
-    if isinstance(ratio, dict):
-        chosen = share(stacks, ratio)
-        narrower = set(ratio) - set(DEPTHS)
-        found = _candidates(graph, scores, options, drops_of(graph, chosen)) if narrower else []
-        return _indices(found, {c.axis: c.share(ratio[c.kind]) for c in found}), chosen
-    total = graph.numel({})
-    target = round(ratio * total) if freed is None else freed
-    ratio = target / total if freed is not None else ratio
-    if not stacks:
-        found = _candidates(graph, scores, options)
-        return _indices(found, Budget(graph, system, found, options["allocation"]).solve(target)), {}
-    steps = sequence(stacks, options["allocation"])
-    if set(options["kinds"]) <= set(DEPTHS):
-        return {}, fit(steps, target, ratio, total)
-
-    def reach(chosen: Chosen) -> int:
-        drops = drops_of(graph, chosen)
-        whole = Shallower(graph, drops)
-        return sum(
-            whole.numel({}) - whole.numel({c.axis: int(most[-1])})
-            for c in _candidates(graph, scores, options, drops)
-            if len(most := c.removals())
-        )
-
-    failure: PlanError | None = None
-    for chosen in with_axes(steps, target, reach):
-        drops = drops_of(graph, chosen)
-        found, whole = _candidates(graph, scores, options, drops), Shallower(graph, drops)
-        rest = target - (total - whole.numel({}))
-        try:
-            counts = Budget(whole, system, found, options["allocation"]).solve(rest) if rest > 0 else {}
-        except PlanError as error:
-            failure = error
-            continue
-        return _indices(found, counts), chosen
-    raise PlanError(
-        f"ratio {ratio:.4g} cannot be reached with layers and "
-        f"{len(set(options['kinds']) - set(DEPTHS))} other kinds: {failure}"
-    )
-
-
-def _indices(found: Sequence[Candidate], counts: Mapping[int, int]) -> dict[int, Indices]:
-    return {c.axis: c.choose(counts[c.axis]) for c in found if counts.get(c.axis)}
-
-
-def _candidates(
-    graph: Graph, scores: _Checked, options: Mapping[str, Any], drops: Sequence[Drop | Part] = ()
-) -> list[Candidate]:
-    """The axes that may give under the options and lie outside of blocks that go, in order of id."""
-    kinds, scope = options["kinds"], options["scope"]
-    chosen = [axis for axis in graph.axes if axis.prunable and axis.kind in kinds and axis.size > 1]
-    missing = sorted(set(kinds) - {axis.kind for axis in chosen} - set(DEPTHS), key=_kind_order)
-    if not chosen or (missing and isinstance(options["ratio"], dict)):
-        there = sorted({axis.kind for axis in graph.axes if axis.prunable}, key=_kind_order)
-        raise PlanError(
-            f"this model has no prunable axis of kind {' or '.join(missing)}: "
-            + (f"it has {', '.join(there)}" if there else "none of its axes is prunable")
-        )
-    known = stacks_of(list(graph.parameters))
-    prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
-    out = []
-    for axis in chosen:
-        if prefixes and _inside(axis, prefixes):
-            continue
-        if scope and not all(under(name, scope) for name in _names(axis)):
-            continue
-        layer = layer_of(filter(graph.parameters.__contains__, _names(axis)), known)
-        if protected(layer, known, options["protect_first"], options["protect_last"]):
-            continue
-        if axis.id not in scores.flat:
-            raise PlanError(
-                f"{_describe(axis)} has no scores: score the same graph, with this kind among its axes"
-            )
-        multiple = options["round_to"] if axis.kind == "ffn" else 1
-        # What something normalises over is cut alike everywhere.
-        nested = None if axis.marks else scores.nested.get(axis.id)
-        ranked = scores.flat[axis.id] if nested is None else np.sort(nested, axis=1).sum(0)
-        out.append(Candidate(axis.id, axis.kind, axis.size, ranked, multiple, nested, graph.least(axis.id)))
-    if not out:
-        raise PlanError(
-            f"nothing of kind {' or '.join(kinds)} is left to prune, so the largest reachable ratio is 0: "
-            "protect fewer layers or widen the scope"
-        )
-    return out
-
-
-def _extend(axis: Axis, wanted: Indices | None, count: int, scores: _Checked) -> Indices:
-    """``count`` indices of an axis: those asked for, then those of the lowest score (or index); by row if ragged."""
-    if wanted is None:
-        wanted = np.empty(0, dtype=np.int64)
-    if wanted.shape[-1] == count:
-        return wanted
-    flat = scores.flat.get(axis.id, np.arange(axis.size, dtype=np.float64))
-
-    def extended(row: Indices, order: Indices) -> Indices:
-        return np.sort(np.concatenate([row, order[~np.isin(order, row)][: count - len(row)]]))
-
-    if wanted.ndim == 1:
-        return extended(wanted, rank(flat))
-    nested = scores.nested.get(axis.id, np.tile(flat, (len(wanted), 1)))
-    return np.stack([extended(row, order) for row, order in zip(wanted, rank_rows(nested), strict=True)])
 
 
 def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[str, Any]]:
@@ -674,7 +391,7 @@ def _summaries(graph: Graph, removed: Mapping[int, Indices]) -> dict[int, dict[s
     for key, indices in removed.items():
         axis = axes[key]
         out[key] = {"kind": axis.kind, "size": axis.size, "removed": indices.shape[-1]}
-        layer = layer_of(filter(graph.parameters.__contains__, _names(axis)), known)
+        layer = layer_of(filter(graph.parameters.__contains__, names_of(axis)), known)
         if layer is not None:
             out[key]["layer"] = ".".join(part for part in (layer[0], str(layer[1])) if part)
     return out

@@ -145,7 +145,7 @@ def prune(
     aggregation: str = "sum",
     *,
     kinds: Sequence[str] = ("head", "ffn"),
-    allocation: str = "uniform",
+    allocation: str = "auto",
     protect_first: int | None = None,
     protect_last: int | None = None,
     round_to: int | str = 1,
@@ -185,7 +185,7 @@ def prune(
         aggregation: ``sum``, ``max``, ``product`` or ``last``, over the members of a group.
         kinds: kinds of axes that may give; ``layer`` for whole layers, ``attention`` and ``feedforward`` for these
             parts of layers alone.
-        allocation: ``uniform`` or ``global``.
+        allocation: ``auto``, ``uniform`` or ``global``, as for :func:`llmprune.plan`.
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
         round_to: kept FFN channels per layer are a multiple of this; ``auto`` takes what is fast on this machine.

@@ -25,7 +25,7 @@ def calibration_for(
     Raises:
         CalibrationError, InputError: as :func:`llmprune.calibration.load_calibration`.
     """
-    if lookup(importance).activations:
+    if lookup(importance).sort == "inputs":
         return long_calibration(model, source, tokenizer, samples, length)
     batch = load_calibration(
         source,

@@ -57,6 +57,7 @@ AGGREGATIONS: dict[str, Aggregate] = {
 """Name -> members' scores (members in execution order, axis size) to the group's, (axis size,)."""
 
 _FORMAT = "llmprune.scores/1"
+_SKETCH_TOKENS = 8
 
 
 class Scores(Mapping[int, np.ndarray]):
@@ -69,6 +70,7 @@ class Scores(Mapping[int, np.ndarray]):
         kinds: Axis id -> kind of axis.
         nested: Axis id -> float64 (size around it, axis size), for query heads and for channels inside experts: the
             score of each one in each key-value head, or expert, which can then lose a choice of its own.
+        comparable: Whether scores are in units of the loss, so that those of all axes compare as they are.
         pinned: Id of a stack of layers -> position -> why the model's class cannot build the rest without that block.
     """
 
@@ -84,6 +86,7 @@ class Scores(Mapping[int, np.ndarray]):
         kinds: Mapping[int, str],
         nested: Mapping[int, np.ndarray] | None = None,
         pinned: Mapping[int, Mapping[int, str]] | None = None,
+        comparable: bool = False,
     ):
         self._values = {int(axis): np.asarray(array, dtype=np.float64) for axis, array in values.items()}
         self.nested = {
@@ -91,6 +94,7 @@ class Scores(Mapping[int, np.ndarray]):
         }
         self.pinned = {int(a): {int(i): w for i, w in why.items()} for a, why in (pinned or {}).items()}
         self.importance, self.aggregation, self.seed = importance, aggregation, seed
+        self.comparable = comparable
         self.calibration_hash, self.fingerprint, self.kinds = calibration_hash, fingerprint, dict(kinds)
 
     def __getitem__(self, axis: int) -> np.ndarray:
@@ -134,6 +138,7 @@ class Scores(Mapping[int, np.ndarray]):
             "fingerprint": self.fingerprint,
             "kinds": {str(axis): kind for axis, kind in self.kinds.items()},
             "pinned": self.pinned,
+            "comparable": self.comparable,
         }
 
     @classmethod
@@ -154,6 +159,7 @@ class Scores(Mapping[int, np.ndarray]):
             kinds={int(axis): kind for axis, kind in header["kinds"].items()},
             nested=nested,
             pinned=header.get("pinned"),
+            comparable=header.get("comparable", False),
         )
 
     def to_json(self) -> str:
@@ -235,19 +241,19 @@ def check_scoring(
             kinds that the importance has no scores for.
     """
     rule = lookup(importance)
-    if rule.layers and kinds is not None and not set(kinds) <= set(DEPTHS):
+    if rule.sort == "layers" and kinds is not None and not set(kinds) <= set(DEPTHS):
         raise InputError(
             f"importance {importance!r} scores whole layers, attention or feed-forwards, and nothing smaller: "
             "prune kinds=('layer',) by it (--kinds layer), or choose another importance"
         )
-    if rule.activations and kinds is not None and set(kinds) & set(DEPTHS):
+    if rule.sort == "inputs" and kinds is not None and set(kinds) & set(DEPTHS):
         raise InputError(
             f"importance {importance!r} has no scores for whole layers, attention or feed-forwards: choose "
             f"block_influence or a gradient's importance, or leave out {', '.join(sorted(set(kinds) & set(DEPTHS)))}"
         )
     if aggregation not in AGGREGATIONS:
         raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
-    if rule.order > 0 and calibration is None:
+    if rule.calibrated and calibration is None:
         raise InputError(
             f"importance {importance!r} needs calibration data: token ids, texts or a path (--calibration FILE)"
         )
@@ -335,7 +341,7 @@ def score(
 
         graph = trace(model)
     if kinds is None:
-        kinds = ("layer",) if rule.layers else ()
+        kinds = ("layer",) if rule.sort == "layers" else ()
     else:
         check_kinds(kinds)
     stacks = [stack for stack in graph.stacks if stack.prunable and stack.kind in kinds] if kinds else []
@@ -344,7 +350,7 @@ def score(
     parameters = _scored_parameters(model, graph, axes)
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
-    if streaming is not None and (stacks or rule.activations):
+    if streaming is not None and (stacks or rule.sort == "inputs"):
         raise InputError(
             f"{importance} scores {'of whole layers or their parts ' if stacks else ''}are taken of models in memory "
             "alone: load the model, or choose another importance or kinds"
@@ -357,21 +363,24 @@ def score(
         for member in graph.axes[axis].members
     }
     batch = None
-    if rule.order < 0:
+    comparable = False
+    if rule.sort == "draw":
         tables = {
-            axis: np.random.default_rng((seed, axis, 1)).random((around.size, graph.axes[axis].size))
+            axis: rule.function(np.random.default_rng((seed, axis, 1)), (around.size, graph.axes[axis].size))
             for axis, around in outer.items()
         }
         values = {
-            number: np.random.default_rng((seed, number)).random(size)
+            number: rule.function(np.random.default_rng((seed, number)), (size,))
             for number, size in [(a.id, a.size) for a in axes] + [(s.id, s.size) for s in stacks]
         }
-    elif rule.activations:
+    elif rule.sort == "inputs":
         axes = [axis for axis in axes if not kinds or axis.kind in kinds]
         _check_weights(parameters)
         batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
         with _damage_named(model, parameters):
-            values, tables = _of_activations(model, graph, axes, outer, batch, importance, batch_size, quiet)
+            values, tables, comparable = _of_activations(
+                model, graph, axes, outer, batch, rule, loss, batch_size, quiet
+            )
             axes = [axis for axis in axes if axis.id in values]
             _check_finite(axes, values, importance)
     else:
@@ -382,7 +391,7 @@ def score(
                 total=len(parameters), desc=f"scoring ({importance})", unit="tensor", disable=quiet
             ) as bar:
                 sums: Sums = {}
-                if rule.order == 0:
+                if not rule.calibrated:
                     sums = _weights_only(model, parameters, rule, partial(_tick, bar), stacks_apart)
                 else:
                     batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
@@ -414,6 +423,7 @@ def score(
         fingerprint=graph.fingerprint,
         kinds={axis.id: axis.kind for axis in axes} | {stack.id: stack.kind for stack in stacks},
         nested=tables,
+        comparable=comparable,
         pinned=obstacles(model, [stack for stack in stacks if isinstance(stack, LayerAxis)])
         if stacks
         else {},
@@ -426,18 +436,38 @@ def _of_activations(
     axes: Sequence[Axis],
     outer: Mapping[int, Around],
     batch: Batch,
-    importance: str,
+    rule: Importance,
+    loss: UserLoss | None,
     batch_size: int | None,
     quiet: bool | None,
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Scores read off activations, with the model as it was afterwards."""
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], bool]:
+    """Scores read off activations, and whether they are in units of the loss; the model is as it was afterwards."""
     with (
         undisturbed(model),
         experts_computed_by("eager", model),
         _ids_in_range(),
-        tqdm(total=batch.samples, desc=f"scoring ({importance})", unit="sample", disable=quiet) as bar,
+        tqdm(total=batch.samples, desc=f"scoring ({rule.name})", unit="sample", disable=quiet) as bar,
     ):
-        return activation_scores(model, graph, axes, outer, batch, importance, batch_size, bar.update)
+        losses_of = _loss_for(model, loss, batch) if rule.gram else None
+        values, nested = activation_scores(
+            model, graph, axes, outer, batch, rule, losses_of, batch_size, bar.update
+        )
+        return values, nested, losses_of is not None
+
+
+def _loss_for(model: nn.Module, loss: UserLoss | None, batch: Batch) -> SampleLosses | None:
+    """The loss of the samples; None for a model that has none of its own."""
+    try:
+        losses_of = SampleLosses(model, loss, batch)
+        sketch = batch.sketch(_SKETCH_TOKENS)
+        losses_of.find_shift(sketch)
+        losses_of.check_causal(sketch)
+    except InputError as error:
+        if loss is not None:
+            raise
+        log.info("scores are output errors, not weighed by a loss: %s", error)
+        return None
+    return losses_of
 
 
 def _of_layers(
@@ -458,8 +488,8 @@ def _of_layers(
         _ids_in_range(),
         tqdm(total=batch.samples, desc=desc, unit="sample", disable=quiet) as bar,
     ):
-        if rule.layers:
-            values = influences(model, stacks, batch, bar.update)
+        if rule.sort == "layers":
+            values = influences(model, stacks, batch, rule, bar.update)
         else:
             losses_of = SampleLosses(model, loss, batch)
             values = contributions(model, stacks, batch, losses_of, rule, batch_size, bar.update)

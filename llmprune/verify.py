@@ -370,7 +370,7 @@ def holding(
     try:
         with deferred_interrupts():
             for name, values in weights.items():
-                data, dims = parameters[name].data, kept[name]
+                data, dims = parameters[name].data, kept.get(name, {})
                 undo.append((data, data.clone()))
                 _put(data, dims, values)
         yield

@@ -11,8 +11,8 @@ from tiny_models import build
 from torch import nn
 
 import llmprune
-from llmprune.activation_scores import RIDGE
 from llmprune.errors import InputError
+from llmprune.moments import RIDGE, ROUNDS
 
 
 def ids(samples: int = 6, length: int = 10) -> torch.Tensor:
@@ -46,6 +46,18 @@ def left_over(x: torch.Tensor, weight: torch.Tensor, gone: np.ndarray) -> float:
     return float((delta @ h * delta).sum())
 
 
+def curvature(model: nn.Module, name: str) -> float:
+    """Half the mean square of the gradient at a linear module's outputs, of the loss as the scores have it."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, out: seen.append(out))
+    samples = ids()
+    logits = model(input_ids=samples, use_cache=False).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), samples[:, 1:], reduction="none").mean(1)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(losses.sum() * samples.shape[1], seen)
+    return float(0.5 * gradient.square().mean())
+
+
 @pytest.mark.parametrize("kind", ["head", "ffn"])
 def test_obs_is_the_error_that_repair_leaves(kind: str) -> None:
     model = build("llama").double()
@@ -54,11 +66,15 @@ def test_obs_is_the_error_that_repair_leaves(kind: str) -> None:
     for axis in (a for a in graph.axes if a.prunable and a.kind == kind):
         name, groups = consumer(axis)
         x, weight = inputs_of(model, name), model.get_submodule(name).weight.detach()
+        weight = weight * curvature(model, name) ** 0.5
         order = np.argsort(scores[axis.id], kind="stable")
         before, gone, highest = 0.0, np.empty(0, dtype=np.int64), 0.0
         for place, index in enumerate(order[:-1]):
-            if axis.size - place >= 64:
-                continue  # a round takes several then
+            if axis.size - place >= 2 * ROUNDS:  # a round takes several
+                highest = float(scores[axis.id][index])
+                gone = np.concatenate([gone, groups[index]])
+                before = left_over(x, weight, gone)
+                continue
             candidates = {
                 int(i): left_over(x, weight, np.concatenate([gone, groups[i]])) - before
                 for i in order[place:]
@@ -137,3 +153,27 @@ def test_bad_input() -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
         llmprune.score(model, graph, ids(), importance="obs")
+
+
+def test_obs_compares_across_kinds_where_there_is_a_loss(tmp_path: Any) -> None:
+    model = build("llama")
+    graph = llmprune.trace(model)
+    scores = llmprune.score(model, graph, ids(), importance="obs", kinds=("head", "ffn"))
+    assert scores.comparable
+    scores.save(tmp_path / "scores.npz")
+    assert llmprune.Scores.load(tmp_path / "scores.npz").comparable
+    plan = llmprune.plan(graph, scores, ratio=0.1)
+    assert (plan.options["allocation"], plan.options["protect_first"]) == ("global", 0)
+    # What it leaves has more to lose per parameter than what it takes: no common share, and no unit of a kind.
+    axes = {axis.id: axis for axis in graph.axes}
+    whole = graph.numel({})
+    density = {a: scores[a] / (whole - graph.numel({a: 1})) for a in scores}
+    taken = np.concatenate([density[a][gone] for a, gone in plan.removed.items()])
+    left = min(np.delete(density[a], plan.removed.get(a, [])).min() for a in scores if axes[a].kind == "ffn")
+    assert np.mean(taken <= left) > 0.95  # the rest filled up the budget
+    assert not llmprune.score(model, graph, ids(), importance="fluctuation").comparable
+    encoder = build("bert")
+    graph = llmprune.trace(encoder)
+    scores = llmprune.score(encoder, graph, ids(), importance="obs")
+    assert not scores.comparable  # plain ids, and later tokens count: it has no loss of its own
+    assert llmprune.plan(graph, scores, ratio=0.05).options["allocation"] == "uniform"

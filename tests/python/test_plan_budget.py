@@ -190,7 +190,7 @@ def test_plans_are_deterministic() -> None:
         ({"ratio": {"expert": 0.5}}, PlanError, "no prunable axis of kind expert: it has head"),
         ({"kinds": ()}, InputError, "no kind"),
         ({"kinds": ("state",)}, PlanError, "no prunable axis of kind state"),
-        ({"allocation": "even"}, InputError, "unknown allocation 'even': there are uniform, global"),
+        ({"allocation": "even"}, InputError, "unknown allocation 'even': there are auto, uniform, global"),
         ({"round_to": 0}, InputError, "round_to must be an integer of at least 1"),
         ({"protect_first": -1}, InputError, "protect_first"),
         ({"scope": "model.layer"}, InputError, "no parameter lies under the scope 'model.layer'"),

@@ -175,4 +175,4 @@ def test_an_importance_is_added_by_one_function(case, added, options):
 
 def test_every_importance_says_where_it_comes_from():
     for name in registry.known():
-        assert len(registry.lookup(name).element.__doc__ or "") > 20
+        assert len(registry.lookup(name).function.__doc__ or "") > 20
