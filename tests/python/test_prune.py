@@ -149,7 +149,7 @@ def test_a_plan_that_fails_verification_is_not_applied(
 ) -> None:
     import importlib
 
-    planning = importlib.import_module("llmprune.plan")
+    planning = importlib.import_module("llmprune.selection")
     real = planning.plan
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ def test_an_interrupt_in_a_stage_leaves_the_model_as_it_was(
     if stage == "plan":
         import importlib
 
-        planning = importlib.import_module("llmprune.plan")
+        planning = importlib.import_module("llmprune.selection")
         real = planning.close
         monkeypatch.setattr(planning, "close", lambda *args: interrupt() or real(*args))
     mlp = model.model.layers[1].mlp
