@@ -7,7 +7,7 @@ import os
 
 os.environ["COLUMNS"] = "100"  # what argparse formats to
 
-from llmprune.cli import _parser 
+from llmprune.cli import _parser
 
 MARK = "<!-- every command's help -->"
 
