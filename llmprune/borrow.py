@@ -73,6 +73,17 @@ def borrowed(model: nn.Module) -> Iterator[None]:
                 torch.cuda.set_rng_state_all(device_states)
 
 
+def forget(model: nn.Module) -> None:
+    """Drop what modules have computed from their weights and kept; modes are as before.
+
+    A module that keeps such a thing (LeViT its attention biases, by device) has to drop it when training begins.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
+
+
 @contextmanager
 def no_collection() -> Iterator[None]:
     """No cycle collection inside: a trace makes many small objects that stay, which each collection would walk anew."""

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
 from llmprune import _core, cuda, depth, modeling_llmprune, record
+from llmprune.borrow import forget
 from llmprune.errors import PlanError, TensorError
 from llmprune.interrupts import deferred_interrupts
 from llmprune.norms import Rescale
@@ -138,6 +139,7 @@ def compact(
             set_attributes(model, attributes)
             modeling_llmprune.drop(model, dropped)
             follow.remove(model)
+            forget(model)
         except BaseException as error:
             if started:
                 _break(model, old, error)
@@ -161,6 +163,7 @@ def compacted_copy(
         PlanError, TensorError: as :func:`compact`.
     """
     cuts, attributes = prepare(model, plan, weights)
+    forget(model)
     memo = shared_tensors(model)
     for cut in cuts:
         smaller = _smaller(cut)
@@ -174,6 +177,7 @@ def compacted_copy(
     set_attributes(twin, attributes)
     modeling_llmprune.drop(twin, _dropped(plan))
     follow.remove(twin)
+    forget(twin)
     return twin
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from llmprune.borrow import borrowed, keep_blocks, stand_in, substitute_integers, substitute_tensors
+from llmprune.borrow import borrowed, forget, keep_blocks, stand_in, substitute_integers, substitute_tensors
 from llmprune.compact import gather, set_attributes
 from llmprune.errors import LlmpruneError, TraceError
 from llmprune.provenance import SizeMode, without_dispatch
@@ -167,6 +167,7 @@ class Recording:
         if self.meta:
             bypass_placement(model)
         keep_blocks(model, setup.blocks)
+        forget(model)
         for module in model.modules():
             module.training = False
         twins: dict[Any, torch.Tensor] = {}

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from llmprune import _core, cuda
+from llmprune.borrow import forget
 from llmprune.budget import available_memory
 from llmprune.calibration import Batch
 from llmprune.errors import CalibrationError, DeviceError
@@ -59,6 +60,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     states = [(p, p.requires_grad, p.grad) for p in parameters]
     cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     try:
+        forget(model)
         for module, _ in modes:
             module.training = False
         for parameter in parameters:
@@ -67,6 +69,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.inference_mode(False), torch.random.fork_rng(devices=cuda), torch.enable_grad():
             yield
     finally:
+        forget(model)
         for module, training in modes:
             module.training = training
         for parameter, requires_grad, grad in states:

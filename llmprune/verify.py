@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmprune.borrow import is_config
+from llmprune.borrow import forget, is_config
 from llmprune.compact import compacted_copy, shared_tensors
 from llmprune.depth import bypassed
 from llmprune.errors import InputError, LlmpruneError, VerificationError
@@ -195,6 +195,7 @@ def compare(
             return _compare_in(model, pruned(model), plan, inputs, dtype)
         except VerificationError as error:
             log.debug("comparing again in float64: %s", error)
+    forget(model)
     computed = {i: t for i, t in shared_tensors(model).items() if t.grad_fn is not None}
     copied = copy.deepcopy(model, computed).to(wider)
     return _compare_in(copied, pruned(copied), plan, cast(inputs, wider), wider)
@@ -352,12 +353,14 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
                     index = tuple(torch.as_tensor(place, device=data.device) for place in places)
                     undo.append((view, index, view[index]))
                     view[index] = 0
+        forget(model)
         with bypassed(model, getattr(plan, "layers", ())), silenced(model, getattr(plan, "sublayers", ())):
             yield
     finally:
         with deferred_interrupts():
             for view, index, values in reversed(undo):
                 view[index] = values
+            forget(model)
 
 
 @contextmanager

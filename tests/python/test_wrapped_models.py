@@ -335,3 +335,46 @@ def test_an_adapter_model_is_scored_and_pruned_by_default(lora: Any) -> None:
     report = llmprune.prune(lora.float(), ratio=0.1, calibration=torch.arange(3, 35).view(4, 8))
     assert {summary["kind"] for summary in report.plan.axes.values()} <= {"head", "ffn"}
     assert report.verification is not None
+
+
+# What a module keeps of its weights
+
+
+class Keeping(nn.Module):
+    """Attention that keeps its bias table once it is spread out, and drops it when training begins (as LeViT does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.qkv, self.out = nn.Linear(12, 3 * 3 * 4), nn.Linear(3 * 4, 12)
+        self.biases = nn.Parameter(torch.randn(3, 7))
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> Keeping:
+        super().train(mode)
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if "bias" not in self.kept:
+            place = torch.arange(x.shape[1])
+            self.kept["bias"] = self.biases[:, (place[:, None] - place).abs()]
+        weights = (q @ k.transpose(-2, -1) + self.kept["bias"]).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_what_a_module_has_computed_of_its_weights_and_kept_is_computed_anew() -> None:
+    model = seeded(lambda: Around(Keeping(), 12)).float()
+    before = model(**X)  # keeps a table that knows its gradient, and cannot be copied
+    graph = llmprune.trace(model, X)
+    axis = next(axis for axis in graph.axes if ("inner.biases", 0) in axis.places)
+    assert axis.kind == "head"
+    assert axis.prunable
+    plan = llmprune.plan(graph, removed={axis.id: [1]})
+    assert llmprune.verify(model, plan, X).relative_error < 1e-5
+    assert torch.equal(model(**X), before)
+    llmprune.compact(model, plan)
+    assert tuple(model.inner.biases.shape) == (2, 7)
+    assert model(**X).shape == before.shape
