@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
+import torch
 from torch import nn
 
 from tiny.recipe import Inputs, Recipe, small
@@ -87,10 +88,11 @@ def recipe(
     inputs: Callable[[nn.Module], Inputs] | None = None,
     /,
     kind: str = "",
+    dtype: torch.dtype = torch.float64,
     **overrides: Any,
 ) -> Recipe:
     """The recipe of a class whose config has model type ``kind`` (or ``name``), shrunk with these overrides."""
-    return Recipe(name, model, task, lambda: of_type(kind or name, **overrides), inputs)
+    return Recipe(name, model, task, lambda: of_type(kind or name, **overrides), inputs, dtype)
 
 
 def masked_lm(name: str, **overrides: Any) -> Recipe:

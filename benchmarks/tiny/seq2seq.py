@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tiny.nested import seq2seq
 from tiny.recipe import Recipe
 
@@ -20,9 +21,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "led": {"attention_window": [4, 4], "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 62},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "pegasus_x": {"num_global_tokens": 3, "block_size": 4, "stagger_local_blocks": True},
-    "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 6,
-                   "num_decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 58,
-                   "num_buckets": 8, "relative_max_distance": 16},
+    # its mask is float32 times the least number of the model's dtype: of float64, NaN
+    "prophetnet": {"dtype": torch.float32, "num_encoder_layers": 2, "num_decoder_layers": 2,
+                   "num_encoder_attention_heads": 6, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 56,
+                   "decoder_ffn_dim": 58, "num_buckets": 8, "relative_max_distance": 16},
     "t5gemma": {"decoder": {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 58}},
 }  # fmt: skip
 
