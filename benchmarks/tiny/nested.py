@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import transformers
 import torch
+import transformers
 from torch import nn
 
 from tiny.recipe import Inputs, Recipe, small

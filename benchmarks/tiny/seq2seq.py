@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from tiny.nested import seq2seq
 from tiny.recipe import Recipe
 
