@@ -109,8 +109,7 @@ def _compacted(outline: Outline, plan: Plan) -> tuple[Compaction, dict[int, Valu
     compact(model, plan)
     held = {}
     for name, value in values.items():
-        for dim, positions in plan.kept.get(name, {}).items():
-            value = value.take(dim, positions)
+        value = value.keep(plan.kept.get(name, {}))
         if name in scales:
             value = _scaled(value, scales[name].apply)
         held[id(tensors[name])] = value

@@ -12,7 +12,7 @@ A :class:`Lazy` is a value dressed as a tensor: libraries load and save with it,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -108,6 +108,19 @@ class Value:
                 )
                 blocks.append(replace(block, index=index, start=_set(block.start, dim, begin)))
         return Value(_set(self.shape, dim, len(positions)), self.dtype, tuple(blocks))
+
+    def keep(self, kept: Mapping[int, npt.NDArray[np.int64]]) -> Value:
+        """What a plan keeps: dimension -> positions, or a row of them for each slice of dimension 0 that stays."""
+        value = self
+        for dim, positions in sorted(kept.items()):  # dimension 0 first: rows are of what is left of it
+            if positions.ndim == 1:
+                value = value.take(dim, positions)
+                continue
+            slices = [value.take(0, range(i, i + 1)).take(dim, row) for i, row in enumerate(positions)]
+            joined = join(slices, 0)
+            assert joined is not None, "slices of one value have its dtype"
+            value = joined
+        return value
 
     def permute(self, dims: Sequence[int]) -> Value:
         """As :func:`torch.permute`."""

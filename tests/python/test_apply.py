@@ -81,6 +81,18 @@ def test_the_result_is_that_of_pruning_in_memory(
     load_model(tmp_path / "files/out")
 
 
+def test_each_expert_loses_channels_of_its_own(tmp_path: Path) -> None:
+    build("mixtral").save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    graph = llmprune.trace(model)
+    scores = llmprune.score(model, graph, importance="l1")
+    plan = llmprune.plan(graph, scores, {"ffn": 0.3, "expert": 0.4}, protect_first=0, protect_last=0)
+    experts = [dims for name, dims in plan.kept.items() if name.endswith("experts.down_proj")]
+    assert {len(dims[0]) for dims in experts} == {len(dims[2]) for dims in experts}
+    assert all(len({tuple(row) for row in dims[2]}) > 1 for dims in experts)
+    assert check_alike(tmp_path / "model", plan, tmp_path).form == "stock"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     build("llama_gqa", dtype).save_pretrained(tmp_path / "model")
