@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, Member
     from llmprune.plan import Plan, plan
     from llmprune.prune import Report, prune
+    from llmprune.recover import Recovery, recover
     from llmprune.request import measure_request
     from llmprune.rules import Registration, register_rule
     from llmprune.score import Scores, score
@@ -42,6 +43,7 @@ __all__ = [
     "Graph",
     "Member",
     "Plan",
+    "Recovery",
     "Registration",
     "Report",
     "Scores",
@@ -57,6 +59,7 @@ __all__ = [
     "open_model",
     "plan",
     "prune",
+    "recover",
     "register_rule",
     "save_pretrained",
     "score",
@@ -70,6 +73,7 @@ _HOME = {
     "Graph": "graph",
     "Member": "graph",
     "Plan": "plan",
+    "Recovery": "recover",
     "Registration": "rules",
     "Report": "prune",
     "Scores": "score",
@@ -83,6 +87,7 @@ _HOME = {
     "open_model": "stored",
     "plan": "plan",
     "prune": "prune",
+    "recover": "recover",
     "register_rule": "rules",
     "save_pretrained": "checkpoint",
     "score": "score",

@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | score | trace | verify | apply | evaluate | doctor``.
+"""The command line: ``llmprune prune | score | trace | verify | apply | recover | evaluate | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
-from llmprune.commands import apply, evaluate
+from llmprune.commands import apply, evaluate, recover
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
     check_file,
@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     apply.register(commands)
+    recover.register(commands)
     evaluate.register(commands)
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")

@@ -14,6 +14,7 @@ __all__ = [
     "InputError",
     "LlmpruneError",
     "PlanError",
+    "RecoveryError",
     "TensorError",
     "TraceError",
     "VerificationError",
@@ -30,6 +31,10 @@ class CheckpointError(LlmpruneError):
 
 class VerificationError(LlmpruneError):
     """The compacted model does not equal its masked reference."""
+
+
+class RecoveryError(LlmpruneError):
+    """A training that diverged."""
 
 
 class InputError(LlmpruneError, ValueError):

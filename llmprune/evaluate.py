@@ -154,7 +154,7 @@ def evaluate(
     texts = (
         dict(ppl) if isinstance(ppl, Mapping) else {str(path): read_text(path, join_lines) for path in ppl}
     )
-    model, tokenizer = _loaded(model, tokenizer, clock)
+    model, tokenizer = loaded(model, tokenizer, clock)
     if tokenizer is None and (texts or tasks or prompts):
         raise InputError(
             "texts, tasks and prompts need a tokenizer: give one, or copy its files to the model's folder"
@@ -202,8 +202,8 @@ def evaluate(
     return result
 
 
-def _loaded(model: Any, tokenizer: Any, clock: Stages) -> tuple[Any, Any]:
-    """The model and tokenizer, read where a folder was given."""
+def loaded(model: Any, tokenizer: Any, clock: Stages) -> tuple[Any, Any]:
+    """A model and its tokenizer, read where a folder was given."""
     if not isinstance(model, (str, Path)):
         return model, tokenizer
     from llmprune.loading import load_model, load_tokenizer
@@ -256,7 +256,7 @@ def _write(
 ) -> None:
     from llmprune.generation import continuation
 
-    other, words = (None, None) if beside is None else _loaded(beside, None, clock)
+    other, words = (None, None) if beside is None else loaded(beside, None, clock)
     with clock.stage("generate", "continuing the prompts"):
         for prompt in prompts:
             sample = {"prompt": prompt, "text": continuation(model, tokenizer, prompt)}

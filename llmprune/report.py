@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmprune.evaluate import Evaluation
     from llmprune.prune import Report
+    from llmprune.recover import Recovery
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
@@ -274,3 +276,30 @@ def _timing(timing: Mapping[str, Any]) -> str:
         f"{timing['median'] * 1e3:.3g} ms ({low * 1e3:.3g} to {high * 1e3:.3g}), "
         f"{timing['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def render_recovery(result: Recovery) -> str:
+    """The table of ``llmprune recover``."""
+    rows = [["step", "loss", "validation loss", "validation perplexity"]]
+    for entry in result.curve:
+        if "validation_loss" in entry:
+            value = entry["validation_loss"]
+            loss = next((e["loss"] for e in result.curve if e["step"] == entry["step"] and "loss" in e), None)
+            perplexity = f"{math.exp(value):.4g}" if value < 700 else "inf"
+            mark = " *" if entry["step"] == result.best_step else ""
+            rows.append(
+                [f"{entry['step']}{mark}", "" if loss is None else f"{loss:.4f}", f"{value:.4f}", perplexity]
+            )
+    data = result.data
+    parts = [
+        f"{result.method}: {result.trained:,} parameters in {len(result.targets) or 'all'} modules, {result.steps} "
+        f"steps of {result.settings['batch_size']} out of {data['train']:,} examples "
+        f"({data['validation']:,} for validation)"
+    ]
+    if len(rows) > 1:
+        parts.append(table(rows))
+    closing = [f"state of step {result.best_step} was taken", *result.notes]
+    if result.output is not None:
+        closing.append(f"checkpoint: {result.output} ({result.form} form)")
+    parts.append("\n".join(closing))
+    return "\n\n".join(parts)

@@ -86,6 +86,8 @@ def load_dataset_folder(folder: Path) -> dict[str, Any]:
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_from_disk(str(folder))
+    except IndexError as error:  # what datasets makes of a split without rows
+        raise InputError(f"a split of {folder} is empty, or its files are damaged: save it again") from error
     except (FileNotFoundError, ValueError, OSError) as error:
         raise InputError(
             f"{folder} is no dataset that save_to_disk wrote: give such a folder, or a .txt, .json or .jsonl file"
