@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | score | trace | verify | apply | recover | evaluate | doctor``.
+"""The command line: ``llmprune prune | score | trace | verify | apply | recover | evaluate | sweep | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
-from llmprune.commands import apply, evaluate, recover
+from llmprune.commands import apply, evaluate, recover, sweep
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
     check_file,
     command,
     load,
+    multiple_argument,
     names_argument,
     path_argument,
     print_json,
+    ratio_argument,
     read_text,
 )
 from llmprune.errors import InputError, LlmpruneError
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = command(commands, "prune", _prune, "remove groups of a model and save what is left")
     prune.add_argument(
         "--ratio",
-        type=_ratio,
+        type=ratio_argument,
         help="share of the parameters to remove, or head=0.25,ffn=0.2 (0.2)",
     )
     prune.add_argument(
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--protect-last", type=int, metavar="N", help="layers left whole at the end (2 of 32)")
     prune.add_argument(
         "--round-to",
-        type=_multiple,
+        type=multiple_argument,
         default=1,
         metavar="N",
         help="keep FFN channels in multiples of this; auto: of what is fast on this machine",
@@ -190,34 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     apply.register(commands)
     recover.register(commands)
     evaluate.register(commands)
+    sweep.register(commands)
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
     return parser
-
-
-def _multiple(text: str) -> int | str:
-    """A number, or ``auto``."""
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
-
-
-def _ratio(text: str) -> float | dict[str, float]:
-    """``0.2``, or ``head=0.25,ffn=0.2``."""
-    try:
-        if "=" not in text:
-            return float(text)
-        pairs = [
-            (kind.strip(), float(share)) for kind, share in (part.split("=") for part in text.split(","))
-        ]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor kind=share,kind=share") from None
-    if len(dict(pairs)) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names a kind twice")
-    return dict(pairs)
 
 
 def _quieten() -> None:

@@ -39,6 +39,29 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
+def multiple_argument(text: str) -> int | str:
+    """A number, or ``auto``."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
+
+
+def ratio_argument(text: str) -> float | dict[str, float]:
+    """``0.2``, or ``head=0.25,ffn=0.2``."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [
+            (kind.strip(), float(share)) for kind, share in (part.split("=") for part in text.split(","))
+        ]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor kind=share,kind=share") from None
+    if len(dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a kind twice")
+    return dict(pairs)
+
+
 def names_argument(text: str) -> tuple[str, ...]:
     """Words parted by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
