@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Graph
     from llmprune.plan import Plan
     from llmprune.request import Request
+    from llmprune.score import Scores
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Bench:
         self.graph: Graph = trace(self.model)
         self.parameters = self.graph.numel({})
         self.dense = self.perplexity(self.model)
+        self._scores: tuple[tuple[Any, ...], Scores] | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -125,7 +127,7 @@ class Bench:
     def calibration(self, job: Job) -> Batch | None:
         """The samples a job scores by."""
         from llmprune.importance import lookup
-        from llmprune.score import calibration_for
+        from llmprune.sampling import calibration_for
 
         if not lookup(job["importance"]).calibrated:
             return None
@@ -151,7 +153,7 @@ class Bench:
 
     def _run(self, job: Job) -> dict[str, Any]:
         from llmprune.compact import compacted_copy
-        from llmprune.score import long_calibration
+        from llmprune.sampling import long_calibration
 
         model, graph = self.model, self.graph
         batch = self.calibration(job)
@@ -196,19 +198,24 @@ class Bench:
 
         ratio = job["ratio"]
         kinds = tuple(ratio) if isinstance(ratio, Mapping) else tuple(job["kinds"])
-        scores = score(
-            self.model,
-            self.graph,
-            batch,
-            job["importance"],
-            job["aggregation"],
-            seed=job["seed"],
-            quiet=True,
-            kinds=kinds,
-        )
+        what = (job["importance"], job["aggregation"], job["seed"], kinds, batch.hash if batch else None)
+        if (
+            self._scores is None or self._scores[0] != what
+        ):  # neighbouring jobs often differ in nothing but the ratio
+            scores = score(
+                self.model,
+                self.graph,
+                batch,
+                job["importance"],
+                job["aggregation"],
+                seed=job["seed"],
+                quiet=True,
+                kinds=kinds,
+            )
+            self._scores = (what, scores)
         return plan(
             self.graph,
-            scores,
+            self._scores[1],
             ratio,
             kinds=kinds,
             allocation=job["allocation"],
