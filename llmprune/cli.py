@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | score | trace | verify | apply | recover | evaluate | sweep | doctor``.
+"""The command line: ``llmprune prune | score | trace | verify | apply | recover | evaluate | sweep | report | doctor``.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -17,17 +17,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
 from llmprune.commands import apply, evaluate, recover, sweep
+from llmprune.commands import report as report_command
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
     check_file,
+    check_run,
     command,
     load,
     multiple_argument,
     names_argument,
+    note_run,
     path_argument,
     print_json,
     ratio_argument,
     read_text,
+    run_argument,
 )
 from llmprune.errors import InputError, LlmpruneError
 
@@ -163,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         help="text to repair on (that of --calibration)",
     )
     prune.add_argument("--seed", type=int, default=0, help="of the importance random (%(default)s)")
+    run_argument(prune)
     prune.add_argument(
         "--no-verify", action="store_true", help="do not compare with the masked reference first"
     )
@@ -193,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     recover.register(commands)
     evaluate.register(commands)
     sweep.register(commands)
+    report_command.register(commands)
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -249,6 +255,7 @@ def _prune(options: argparse.Namespace) -> None:
         check_file(options.eval, "evaluation file")
         text = read_text(options.eval)
     _check_plan_file(options.save_plan)
+    check_run(options)
     clock = Stages(announcer(bool(options.quiet)))
     model, tokenizer = load(options.model, clock, options.trust_remote_code)
     calibration = None
@@ -296,6 +303,7 @@ def _prune(options: argparse.Namespace) -> None:
         save(model, report, tokenizer, options.output, options.overwrite, clock, form=options.form)
     if options.save_plan is not None:
         report.plan.save(options.save_plan)
+    note_run(options, report.to_json(), [options.calibration, repair_text, options.eval])
     if options.json:
         print_json(report.to_json())
     else:

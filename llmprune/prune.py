@@ -67,6 +67,7 @@ class Report:
         reason: why it is not ``stock``, a clause; empty where it is.
         perplexity: before and after, if it was measured.
         generation: prompt, and continuation before and after, if asked for.
+        structure: what every layer keeps, and how its scores lay (:func:`llmprune.structure.structure`).
     """
 
     model: str
@@ -90,6 +91,7 @@ class Report:
     reason: str = ""
     perplexity: tuple[float, float] | None = None
     generation: tuple[str, str, str] | None = None
+    structure: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def removed(self) -> float:
@@ -127,6 +129,7 @@ class Report:
             if self.generation is None
             else dict(zip(("prompt", "before", "after"), self.generation, strict=True)),
             "stages": [asdict(stage) for stage in self.stages],
+            "structure": self.structure,
             "notes": self.notes,
             "unknown_operations": self.unknown_operations,
             "output": self.output,
@@ -225,6 +228,7 @@ def prune(
     from llmprune.request import fitting, measure_request
     from llmprune.sampling import long_calibration
     from llmprune.score import check_scoring, score
+    from llmprune.structure import structure
     from llmprune.targets import ratio_of, target_of
     from llmprune.trace import trace
     from llmprune.verify import verify as verify_plan
@@ -327,6 +331,7 @@ def prune(
         repair=repaired,
         notes=list(graph.tape.notes),
         unknown_operations=graph.unknown_operations,
+        structure=structure(graph, plan, scores),
     )
     if output is not None:
         save(model, report, tokenizer, output, overwrite, clock, inputs, form)

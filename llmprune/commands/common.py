@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,33 @@ def command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> 
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.set_defaults(run=run)
     return parser
+
+
+def run_argument(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR``, of the commands whose results a report can show."""
+    parser.add_argument(
+        "--run", type=path_argument, metavar="DIR", dest="run_folder",
+        help="append what was done and found to DIR/run.json, for llmprune report",
+    )  # fmt: skip
+
+
+def note_run(options: argparse.Namespace, figures: Mapping[str, Any], data: Iterable[Path | None]) -> None:
+    """Append the command and its figures to the run that was named, if one was; ``data`` are the files it read."""
+    if options.run_folder is None:
+        return
+    from llmprune.logbook import record
+
+    read = [path for path in data if path is not None]
+    seed = getattr(options, "seed", None)
+    record(options.run_folder, options.command, figures, arguments=sys.argv[2:], seed=seed, data=read)
+
+
+def check_run(options: argparse.Namespace) -> None:
+    """Refuse a run's folder that cannot be used, before any work."""
+    if options.run_folder is not None:
+        from llmprune.logbook import check_folder
+
+        check_folder(options.run_folder)
 
 
 def path_argument(text: str) -> Path:

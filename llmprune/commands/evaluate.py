@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmprune.commands.common import command, load, names_argument, path_argument, print_json
+from llmprune.commands.common import (
+    check_run,
+    command,
+    load,
+    names_argument,
+    note_run,
+    path_argument,
+    print_json,
+    run_argument,
+)
 
 
 def register(commands: Any) -> None:
@@ -65,6 +74,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--beside", type=path_argument, metavar="DIR", help="a model whose continuations stand beside"
     )
+    run_argument(parser)
     parser.add_argument("--device", help="where to run: cpu, cuda, cuda:1 (a GPU where there is one)")
 
 
@@ -73,6 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     from llmprune.prune import announcer
     from llmprune.stages import Stages
 
+    check_run(options)
     clock = Stages(announcer(bool(options.quiet)))
     model, tokenizer = load(options.model, clock, options.trust_remote_code)
     result = evaluate(
@@ -95,8 +106,10 @@ def _run(options: argparse.Namespace) -> None:
         quiet=options.quiet or None,
         stages=clock,
     )
+    figures = {"directory": str(options.model), **result.to_json()}
+    note_run(options, figures, options.ppl)
     if options.json:
-        print_json({"directory": str(options.model), **result.to_json()})
+        print_json(figures)
     else:
         print(result)
 

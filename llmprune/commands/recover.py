@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from llmprune.commands.common import command, load, names_argument, path_argument, print_json
+from llmprune.commands.common import (
+    check_run,
+    command,
+    load,
+    names_argument,
+    note_run,
+    path_argument,
+    print_json,
+    run_argument,
+)
 
 
 def register(commands: Any) -> None:
@@ -95,6 +104,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of split, order, adapters, dropout (%(default)s)"
     )
+    run_argument(parser)
     parser.add_argument("--work", type=path_argument, metavar="DIR", help="for checkpoints (OUTPUT.training)")
     parser.add_argument(
         "--restart", action="store_true", help="begin anew where the work folder holds another run"
@@ -114,6 +124,7 @@ def _run(options: argparse.Namespace) -> None:
     from llmprune.stages import Stages
 
     check_options(output=options.output, overwrite=options.overwrite, form=options.form)
+    check_run(options)
     clock = Stages(announcer(bool(options.quiet)))
     model, tokenizer = load(options.model, clock, options.trust_remote_code)
     result = recover(
@@ -159,6 +170,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     if not result.main_process:
         return
+    note_run(options, {"directory": str(options.output), **result.to_json()}, [options.data])
     if options.json:
         print_json(result.to_json())
     else:
