@@ -149,7 +149,7 @@ def test_a_plan_that_fails_verification_is_not_applied(
 ) -> None:
     import importlib
 
-    planning = importlib.import_module("llmprune.selection")
+    planning = importlib.import_module("llmprune.plan")
     real = planning.plan
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
