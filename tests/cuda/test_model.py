@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import llmprune
 
@@ -102,3 +102,29 @@ def test_a_model_beyond_the_devices_memory_is_refused_before_it_starts(model: to
         torch.cuda.empty_cache()
     assert all(parameter.grad is None for parameter in device.parameters())
     llmprune.score(device, graph, ids(model), importance="element2", quiet=True)
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_each_expert_loses_the_channels_that_it_loses_on_the_cpu(release: bool) -> None:
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=44, num_local_experts=5, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).float().eval()
+    graph = llmprune.trace(model)
+    tokens = ids(model)
+    device = copy.deepcopy(model).cuda()
+    plans = []
+    for one in (model, device):
+        scores = llmprune.score(one, graph, tokens, "element1", quiet=True)
+        plans.append(llmprune.plan(graph, scores, {"ffn": 0.3}, protect_first=0, protect_last=0))
+    assert any(removed.ndim == 2 for removed in plans[0].removed.values())
+    for axis, removed in plans[0].removed.items():
+        np.testing.assert_array_equal(removed, plans[1].removed[axis])
+    llmprune.verify(device, plans[1], {"input_ids": tokens.cuda()})
+    llmprune.compact(model, plans[0])
+    llmprune.compact(device, plans[1], release=release)
+    for name, parameter in device.named_parameters():
+        assert torch.equal(parameter.cpu(), model.get_parameter(name)), name
