@@ -64,20 +64,25 @@ def difference(reference: dict[str, torch.Tensor], got: dict[str, torch.Tensor])
     return worst
 
 
-def gone(plan: llmprune.Plan, name: str, dim: int, size: int) -> np.ndarray[Any, Any]:
-    """Positions of a parameter's dimension that the plan removes."""
-    kept = plan.kept.get(name, {}).get(dim)
-    return np.arange(0) if kept is None else np.setdiff1d(np.arange(size), kept)
-
-
 def zeroed(model: nn.Module, plan: llmprune.Plan) -> nn.Module:
     """A copy with the removed positions of every parameter set to zero."""
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in masked.named_parameters(remove_duplicate=False):
-            for dim in range(parameter.dim()):
-                parameter.index_fill_(dim, torch.as_tensor(gone(plan, name, dim, parameter.shape[dim])), 0.0)
+            dims = plan.kept.get(name, {})
+            for dim, kept in dims.items():
+                if kept.ndim == 1:
+                    parameter.index_fill_(dim, gone(kept, parameter.shape[dim]), 0.0)
+                    continue
+                slices = dims.get(0, range(len(parameter)))  # each keeps other positions
+                for number, row in zip(slices, kept, strict=True):
+                    parameter[int(number)].index_fill_(dim - 1, gone(row, parameter.shape[dim]), 0.0)
     return masked
+
+
+def gone(kept: np.ndarray[Any, Any], size: int) -> torch.Tensor:
+    """The positions that are not kept."""
+    return torch.as_tensor(np.setdiff1d(np.arange(size), kept))
 
 
 def compacted(model: nn.Module, plan: llmprune.Plan) -> nn.Module:
@@ -275,15 +280,28 @@ class Examination:
         return any(self.graph.axes[axis].marks for axis in plan.removed)
 
     def quarter(self) -> llmprune.Plan | None:
-        """The plan that takes a quarter of every unmarked head, query and ffn axis."""
-        removed = {
-            axis.id: sorted(self.random.sample(range(axis.size), max(1, axis.size // 4)))
-            for axis in self.axes
-            if axis.kind in EVERYTHING and not axis.marks and axis.size > 1
-        }
+        """The plan that takes a quarter of every unmarked head, query and ffn axis, another of each expert's."""
+        removed: dict[int, Any] = {}
+        for axis in self.axes:
+            if axis.kind not in EVERYTHING or axis.marks or axis.size < 2:
+                continue
+            slices = self.slices(axis.id)
+            rows = [
+                sorted(self.random.sample(range(axis.size), max(1, axis.size // 4)))
+                for _ in range(slices or 1)
+            ]
+            removed[axis.id] = np.array(rows) if slices else rows[0]
         if not removed:  # none of these kinds: one of whatever there is
             removed = {axis.id: [0] for axis in self.axes[:1] if axis.size > 1}
         return llmprune.plan(self.graph, removed=removed) if removed else None
+
+    def slices(self, axis: int) -> int:
+        """Of how many slices (experts) each may lose other indices of an axis; 0: all lose the same."""
+        try:
+            around = self.graph.around(axis)
+        except LlmpruneError:
+            return 0
+        return around.size if around.stacked else 0
 
     def uniform(self, kind: str) -> llmprune.Plan | None:
         """A plan that takes the same small number of indices of every axis of a kind, of one that closes."""

@@ -69,6 +69,28 @@ def find_around(graph: Graph, axis_id: int) -> Around:
     return _stack(graph, axis_id)
 
 
+def cut_alike(graph: Graph) -> dict[int, str]:
+    """Axes inside the experts of a stack that are cut alike in all of them, with the reason."""
+    found = {}
+    for axis in graph.axes:
+        if axis.prunable and axis.kind != "expert" and (reason := _within_experts(graph, axis.id)):
+            found[axis.id] = reason
+    return found
+
+
+def _within_experts(graph: Graph, axis_id: int) -> str:
+    """Why an axis all of whose matrices are stacks of experts is cut alike in them; empty for any other axis."""
+    matrices = [tensor for tensor, _ in graph.axes[axis_id].dims if len(graph.tape.tensors[tensor][0]) > 1]
+    kinds = [{graph.axes[i].kind for i in graph.dim_axes(tensor, 0)} for tensor in matrices]
+    if not kinds or not all("expert" in found for found in kinds):
+        return ""
+    try:
+        graph.around(axis_id)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
 def kept_positions(
     graph: Graph, removed: Mapping[int, NDArray[np.int64] | Sequence[int]]
 ) -> dict[str, dict[int, NDArray[np.int64]]]:
@@ -123,11 +145,8 @@ def describe(graph: Graph, axis_id: int) -> str:
         return ""
     try:
         around = graph.around(axis_id)
-    except PlanError as error:
-        matrices = [tensor for tensor, _ in axis.dims if len(graph.tape.tensors[tensor][0]) > 1]
-        kinds = [{graph.axes[i].kind for i in graph.dim_axes(tensor, 0)} for tensor in matrices]
-        inside = kinds and axis.kind != "expert" and all("expert" in found for found in kinds)
-        return str(error) if inside else ""
+    except PlanError:
+        return _within_experts(graph, axis_id) if axis.kind != "expert" else ""
     if not around.stacked and axis.kind != "query":
         return ""
     names = " x ".join(f"axis {i} ({graph.axes[i].kind})" for i in around.axes)
@@ -138,7 +157,7 @@ def describe(graph: Graph, axis_id: int) -> str:
 
 def _stack(graph: Graph, axis_id: int) -> Around:
     axis = graph.axes[axis_id]
-    alike = f"axis {axis_id} ({axis.kind}) is not nested in one outer axis, and cut alike everywhere"
+    alike = f"axis {axis_id} ({axis.kind}) is not nested in one outer axis: it is cut alike everywhere, by one list"
     stacks = set()
     for (tensor, dim), (name, _) in zip(axis.dims, axis.places, strict=True):
         atoms = graph.dim_atoms(tensor, 0) if dim else []

@@ -346,6 +346,7 @@ def _check_plan_file(path: Path | None) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
+    from llmprune.apart import cut_alike
     from llmprune.prune import announcer
     from llmprune.report import axes_summary, render_axes
     from llmprune.stages import Stages
@@ -380,6 +381,7 @@ def _trace(options: argparse.Namespace) -> None:
             {
                 "kinds": axes_summary(graph),
                 "frozen": frozen,
+                "alike": [{"axis": axis, "reason": reason} for axis, reason in cut_alike(graph).items()],
                 "unknown_operations": graph.unknown_operations,
                 "notes": list(graph.tape.notes),
             }

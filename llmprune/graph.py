@@ -425,7 +425,7 @@ class Graph:
                 self._arounds[axis_id] = str(error)
         found = self._arounds[axis_id]
         if isinstance(found, str):
-            raise PlanError(f"{found}; give one flat list of indices")
+            raise PlanError(found)
         return found
 
     def dim_atoms(self, tensor: int, dim: int) -> list[int]:

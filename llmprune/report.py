@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmprune.apart import cut_alike
+
 if TYPE_CHECKING:
     from llmprune.evaluate import Evaluation
     from llmprune.prune import Report
@@ -207,6 +209,7 @@ def render_axes(graph: Any, frozen: bool) -> str:
         for axis in fixed:
             place = f" in {axis.members[0].parameter}" if axis.members else ""
             lines.append(f"  axis {axis.id}, size {axis.size}{place}: {'; '.join(axis.reasons)}")
+        lines += [f"  {reason}" for reason in cut_alike(graph).values()]
         lines += [
             f"  {stack.kind} of {stack.module} (axis {stack.id}): {'; '.join(stack.reasons)}"
             for stack in pinned

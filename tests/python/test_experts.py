@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 import llmprune
+from llmprune.apart import cut_alike
 from llmprune.calibration import load_calibration
 from llmprune.compact import gather, squeeze
 from llmprune.errors import InputError, PlanError
@@ -22,6 +23,7 @@ from llmprune.graph import Axis, Graph
 from llmprune.plan import Plan
 from llmprune.recheck import recheck
 from llmprune.repair import repair
+from llmprune.report import render_axes
 
 BASE: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -342,6 +344,7 @@ def test_a_proved_stack_of_any_module_is_cut_apart(form: str) -> None:
     model, inputs, graph, axis = traced(form)
     assert axis.prunable
     assert graph.around(axis.id).size == 4
+    assert cut_alike(graph) == {}
     rows = np.array([[0, 9], [1, 2], [3, 7], [0, 4]])
     plan = llmprune.plan(graph, removed={axis.id: rows})
     assert llmprune.verify(model, plan, inputs).relative_error < 1e-12
@@ -365,7 +368,10 @@ def test_what_cannot_be_told_apart_is_cut_alike_and_says_why(form: str, why: str
     model, inputs, graph, axis = traced(form)
     with pytest.raises(PlanError, match=why):
         graph.around(axis.id)
-    assert "cut alike everywhere" in str(graph.explain("down", 2, 1)) or not axis.prunable
+    if axis.prunable:
+        assert why in cut_alike(graph)[axis.id]
+        assert "cut alike everywhere" in str(graph.explain("down", 2, 1))
+        assert why in render_axes(graph, frozen=True)
     scores = llmprune.score(model, graph, importance="l2", quiet=True)
     assert axis.id not in scores.nested
     if axis.prunable:
