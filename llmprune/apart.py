@@ -202,11 +202,12 @@ def _mixed(graph: Graph, axis_id: int, stack: Sequence[int]) -> str:
         if whose is not None:
             for tensor in results:
                 inside = _holds(graph, tensor, graph.atoms[axis_id])
-                if inside or len(inputs) > 1:
-                    atoms = _atoms(graph, tensor)
-                    if any(atoms.count(atom) != 1 for atom in whose[1]):
-                        whose = None
-                        break
+                atoms = _atoms(graph, tensor)
+                found = {atoms.count(atom) for atom in whose[1]}
+                # A product that adds up over the slices together with the axis pairs each with itself.
+                if found != {1} and (inside or (len(inputs) > 1 and found != {0})):
+                    whose = None
+                    break
                 if inside:
                     slices[tensor] = whose
         if whose is None:

@@ -312,6 +312,10 @@ class Stack(nn.Module):
         if self.form == "dense":
             hidden = torch.einsum("td,efd->tef", flat, self.up).relu()
             return self.out(torch.einsum("tef,edf,te->td", hidden, self.down, self.router(flat).softmax(-1)))
+        if self.form == "flat":
+            hidden = (flat @ self.up.flatten(0, 1).t()).relu().view(len(flat), 4, -1)
+            hidden = (hidden * self.router(flat).softmax(-1)[..., None]).flatten(1)
+            return self.out(hidden @ self.down.transpose(1, 2).flatten(0, 1))
         weights, chosen = self.router(flat).softmax(-1).topk(2)
         ids = chosen.reshape(-1)
         other = chosen.flip(-1).reshape(-1) if self.form == "another index" else ids
@@ -339,7 +343,7 @@ def traced(form: str) -> tuple[nn.Module, dict[str, torch.Tensor], Graph, Axis]:
     return model, inputs, graph, axis
 
 
-@pytest.mark.parametrize("form", ["plain", "dense"])
+@pytest.mark.parametrize("form", ["plain", "dense", "flat"])
 def test_a_proved_stack_of_any_module_is_cut_apart(form: str) -> None:
     model, inputs, graph, axis = traced(form)
     assert axis.prunable
