@@ -42,7 +42,8 @@ class Around:
     """What lies around an axis that may be cut apart for each index of it.
 
     Attributes:
-        axes: the axes it consists of, outer to inner; just one where ``stacked`` is off.
+        axes: the axes it consists of, outer to inner; just one where ``stacked`` is off. Stacks that are never met
+            whole, and picked from by one and the same index, need not share them: then those of the first.
         size: how many indices it has.
         stacked: it is dimension 0 of every tensor that the axis occurs in; else it lies in the same dimension.
     """
@@ -158,7 +159,7 @@ def describe(graph: Graph, axis_id: int) -> str:
 def _stack(graph: Graph, axis_id: int) -> Around:
     axis = graph.axes[axis_id]
     alike = f"axis {axis_id} ({axis.kind}) is not nested in one outer axis: it is cut alike everywhere, by one list"
-    stacks = set()
+    stacks: dict[int, tuple[int, ...]] = {}
     for (tensor, dim), (name, _) in zip(axis.dims, axis.places, strict=True):
         atoms = graph.dim_atoms(tensor, 0) if dim else []
         inside = tuple(i for atom in atoms if (i := graph.axis_of_atom.get(atom)) is not None)
@@ -167,26 +168,25 @@ def _stack(graph: Graph, axis_id: int) -> Around:
             raise PlanError(
                 f"{alike}: {name} holds it, and is no stack of slices that each have one of their own"
             )
-        stacks.add(inside)
+        stacks.setdefault(size, inside)
     if len(stacks) != 1:
-        raise PlanError(f"{alike}: its tensors are stacks along different dimensions")
-    problem = _mixed(graph, axis_id, inside)
+        raise PlanError(f"{alike}: its tensors are stacks of {' and '.join(map(str, stacks))} slices")
+    problem = _mixed(graph, axis_id)
     if problem:
         raise PlanError(f"{alike}: {problem}")
-    return Around(inside, size, True)
+    return Around(stacks[size], size, True)
 
 
 _Slices = tuple[int, tuple[int, ...]]
 """How a tensor says whose slice its parts are: the index that picked them (-1: the whole stack), and the atoms."""
 
 
-def _mixed(graph: Graph, axis_id: int, stack: Sequence[int]) -> str:
-    """Why the slices of a stack cannot be told apart in every operation; empty where they can."""
+def _mixed(graph: Graph, axis_id: int) -> str:
+    """Why the slices of stacks cannot be told apart in every operation; empty where they can."""
     axis = graph.axes[axis_id]
     if axis.marks:
         return axis.marks[0]
-    own = tuple(sorted(graph.atoms[i] for i in stack))
-    slices: dict[int, _Slices] = {tensor: (-1, own) for tensor, _ in axis.dims}
+    slices: dict[int, _Slices] = {t: (-1, tuple(sorted(graph.dim_atoms(t, 0)))) for t, _ in axis.dims}
     for number in graph.ops_with[axis_id]:
         name, flags, code, outputs, _scope = graph.tape.ops[number]
         given = [v for tag, value in arguments(code) if tag in (TENSOR, TENSORS) for v in value if v >= 0]
