@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from llmprune.graph import Axis, Graph, Member
     from llmprune.plan import Plan, plan
     from llmprune.prune import Report, prune
+    from llmprune.ranks import Ranks
     from llmprune.recover import Recovery, recover
     from llmprune.request import measure_request
     from llmprune.rules import Registration, register_rule
@@ -43,6 +44,7 @@ __all__ = [
     "Graph",
     "Member",
     "Plan",
+    "Ranks",
     "Recovery",
     "Registration",
     "Report",
@@ -74,6 +76,7 @@ _HOME = {
     "Member": "graph",
     "Plan": "plan",
     "Recovery": "recover",
+    "Ranks": "ranks",
     "Registration": "rules",
     "Report": "prune",
     "Scores": "score",

@@ -29,6 +29,7 @@ from llmprune.commands.common import (
     note_run,
     path_argument,
     print_json,
+    processes,
     ratio_argument,
     read_text,
     run_argument,
@@ -36,6 +37,7 @@ from llmprune.commands.common import (
 from llmprune.errors import InputError, LlmpruneError
 
 if TYPE_CHECKING:
+    from llmprune.ranks import Ranks
     from llmprune.stages import Stages
 
 
@@ -219,6 +221,16 @@ def _quieten() -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    with processes() as ranks:
+        if ranks is not None and ranks.rank:
+            # It scores its samples; what is done with the plan is the first process's to do and to show.
+            options.quiet, options.no_verify, options.repair = True, True, "none"
+            options.repair_calibration = options.eval = options.generate = None
+            options.output = options.save_plan = None
+        _prune_by(options, ranks)
+
+
+def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     from llmprune.choice import check_choice
     from llmprune.prune import announcer, check_options, prune, save
     from llmprune.sampling import calibration_for
@@ -293,7 +305,10 @@ def _prune(options: argparse.Namespace) -> None:
         verify=not options.no_verify,
         quiet=True if options.quiet else None,
         stages=clock,
+        ranks=ranks,
     )
+    if ranks is not None and ranks.rank:
+        return
     after = _judge(model, tokenizer, text, options.generate, clock, "after")
     if before[0] is not None and after[0] is not None:
         report.perplexity = (before[0], after[0])

@@ -14,6 +14,7 @@ __all__ = [
     "InputError",
     "LlmpruneError",
     "PlanError",
+    "RankError",
     "RecoveryError",
     "TensorError",
     "TraceError",
@@ -39,3 +40,7 @@ class RecoveryError(LlmpruneError):
 
 class InputError(LlmpruneError, ValueError):
     """An argument outside its documented domain."""
+
+
+class RankError(LlmpruneError):
+    """A run of several processes that cannot go on: they differ, or one of them failed or has gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -161,6 +162,10 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"this pruning plan is damaged ({type(error).__name__}: {error})") from error
+
+    def digest(self) -> str:
+        """The sha256 of the plan, by which two can be compared."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a crash leaves the old file or the new one, never half of one."""

@@ -20,6 +20,7 @@ from llmprune.wrapped import on_uncompiled
 if TYPE_CHECKING:
     from llmprune.graph import Graph
     from llmprune.plan import Plan
+    from llmprune.ranks import Ranks
     from llmprune.repair import Repair
     from llmprune.request import Request
     from llmprune.verify import Verification
@@ -171,6 +172,7 @@ def prune(
     form: str = "auto",
     quiet: bool | None = None,
     stages: Stages | None = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Prune ``model`` in place and, with ``output``, save it.
 
@@ -213,6 +215,8 @@ def prune(
         form: of the checkpoint, as for :func:`llmprune.save_pretrained`.
         quiet: show no progress; None shows it on a terminal only.
         stages: an existing stage clock to add to.
+        ranks: processes to share the calibration samples with, as for :func:`llmprune.score`. All get the same plan
+            and carry it out; the first one alone writes.
 
     Returns:
         A :class:`Report`.
@@ -269,6 +273,7 @@ def prune(
             tokenizer=tokenizer,
             quiet=quiet,
             kinds=wanted,
+            ranks=ranks,
         )
     with clock.stage("plan", "choosing what to remove"):
         plan = make_plan(
@@ -292,6 +297,8 @@ def prune(
             latency=latency,
             measured=measured,
         )
+    if ranks is not None:
+        ranks.agree({"plan": plan.digest()})
     repaired = None
     if repair != "none" and (calibration is not None or repair_calibration is not None):
         with clock.stage("repair", "fitting what stays to what goes, by least squares"):
@@ -333,7 +340,7 @@ def prune(
         unknown_operations=graph.unknown_operations,
         structure=structure(graph, plan, scores),
     )
-    if output is not None:
+    if output is not None and (ranks is None or not ranks.rank):
         save(model, report, tokenizer, output, overwrite, clock, inputs, form)
     return report
 

@@ -224,22 +224,29 @@ class Reducer:
         self.done(name)
 
     def _reduce_whole(self, name: str, grad: torch.Tensor | None, square: torch.Tensor | None) -> None:
-        weight, sums = self._scored(name), self._sums[name]
-        if name in self.stacks:
-            first, *others = sums
-            for number in range(len(weight)):
-                part = weight[number : number + 1][0]
-                rows = [out[number] for out in others]
-                before = rows[0].sum()
-                mean, mean_square = (None if t is None else t[number] for t in (grad, square))
-                self._reduce_tensor(part, mean, mean_square, rows)
-                first[number] += rows[0].sum() - before
-        elif isinstance(weight, Sliced):
+        weight = self._scored(name)
+        if isinstance(weight, Sliced):
             for start, stop in weight.slices():
                 g, s = (None if t is None else t[start:stop] for t in (grad, square))
-                self._reduce_tensor(weight[start:stop], g, s, [sums[0][start:stop], *sums[1:]])
-        else:
-            self._reduce_tensor(weight, grad, square, sums)
+                self._reduce_rows(name, range(start, stop), g, s)
+        elif weight.dim():
+            self._reduce_rows(name, range(len(weight)), grad, square)
+
+    def _reduce_rows(
+        self, name: str, rows: range, grad: torch.Tensor | None, square: torch.Tensor | None
+    ) -> None:
+        """Some rows of a parameter, with their gradient."""
+        weight, (first, *others) = self._scored(name), self._sums[name]
+        if name not in self.stacks:
+            here = slice(rows.start, rows.stop)
+            self._reduce_tensor(weight[here], grad, square, [first[here], *others])
+            return
+        for place, number in enumerate(rows):
+            outs = [out[number] for out in others]
+            before = outs[0].sum()
+            mean, mean_square = (None if t is None else t[place] for t in (grad, square))
+            self._reduce_tensor(weight[number : number + 1][0], mean, mean_square, outs)
+            first[number] += outs[0].sum() - before
 
     @property
     def _key(self) -> int:
@@ -288,23 +295,47 @@ class Reducer:
         here = [len(groups.get(key, ())) for groups in (pieces.linear, pieces.lookup)]
         if self.grouped and sum(here) < self.uses[name]:
             return
-        weight = self._scored(name)
         if name not in self._accumulators:
-            kind = torch.promote_types(weight.dtype, torch.float32)
-            zeros = torch.zeros(weight.shape, dtype=kind, device=weight.device)
-            self._accumulators[name] = (zeros, torch.zeros_like(zeros) if self.grouped else None)
-        mean, square = self._accumulators[name]
+            self._accumulators[name] = self._zeros(name)
         linear, lookup = pieces.linear.pop(key, []), pieces.lookup.pop(key, [])
-        for group in range(self.groups):
+        self._accumulate(*self._accumulators[name], linear, lookup, self.groups, pieces.transposed)
+
+    def _zeros(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Accumulators of a parameter's gradient, and of its square where that is needed."""
+        weight = self._scored(name)
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        zeros = torch.zeros(weight.shape, dtype=kind, device=weight.device)
+        return zeros, torch.zeros_like(zeros) if self.grouped else None
+
+    def _accumulate(
+        self,
+        mean: torch.Tensor,
+        square: torch.Tensor | None,
+        linear: list[tuple[torch.Tensor, torch.Tensor]],
+        lookup: list[tuple[torch.Tensor, torch.Tensor]],
+        groups: int,
+        transposed: bool,
+    ) -> None:
+        """Add the gradients of some uses, one for each group of samples where these are told apart."""
+        for group in range(groups):
             grad = torch.zeros_like(mean) if self.grouped else mean
             for x, dy in linear:
-                pair = (x[group], dy[group]) if pieces.transposed else (dy[group], x[group])
+                pair = (x[group], dy[group]) if transposed else (dy[group], x[group])
                 grad.addmm_(pair[0].to(grad.dtype).t(), pair[1].to(grad.dtype))
             for ids, dy in lookup:
                 _add_rows(grad, ids[group], dy[group].to(grad.dtype))
             if square is not None:
                 mean.add_(grad, alpha=1 / self.samples)
                 _core.accumulate_square(square, grad, 1 / self.samples, **cuda.options(grad, scratch=False))
+
+    def _dense(self, name: str, pieces: _Pieces) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The whole gradient of a parameter (and mean square), formed of the uses that have come in."""
+        mean, square = self._zeros(name)
+        for key in sorted(pieces.linear.keys() | pieces.lookup.keys()):
+            linear, lookup = pieces.linear.get(key, []), pieces.lookup.get(key, [])
+            groups = len((linear or lookup)[0][0]) if self.grouped else 1
+            self._accumulate(mean, square, linear, lookup, groups, pieces.transposed)
+        return mean, square
 
     def check_complete(self) -> None:
         """See that every streamed parameter had the expected uses.

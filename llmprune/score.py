@@ -33,6 +33,7 @@ from llmprune.layer_choice import DEPTHS
 from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
 from llmprune.layers import LayerAxis
 from llmprune.loss import SampleLosses, UserLoss
+from llmprune.ranks import Ranks
 from llmprune.reduction import Reducer, Sums
 from llmprune.sampling import calibration_for
 from llmprune.stored import Streaming, opened, source_of, streaming_of
@@ -281,6 +282,7 @@ def score(
     stream: bool | None = None,
     memory_budget: int | str | None = None,
     state: str | Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Scores:
     """Score every coupled group of every prunable axis, and whole layers where they are asked for.
 
@@ -323,8 +325,11 @@ def score(
             below that, or refuses before it begins. None: what the machine has free.
         state: With streaming, a folder in which each block's results are kept until the scores are there: after a
             crash, the same call goes on from them.
+        ranks: The processes of torch.distributed to share the samples with; each holds the model and is given the same
+            arguments, and each gets the scores that one process alone would get of all samples.
 
     Raises:
+        RankError: the processes' models, data or versions differ, or one of them failed or has gone.
         InputError: an unknown importance or aggregation, the graph of another model, weights that are not finite, not
             floating point or not loaded, a loss that does not apply.
         CalibrationError: calibration data that cannot be used, or a sample whose loss is not finite.
@@ -348,6 +353,9 @@ def score(
     axes = [] if kinds and set(kinds) <= set(DEPTHS) else [axis for axis in graph.axes if axis.prunable]
     check_present(model)
     parameters = _scored_parameters(model, graph, axes)
+    if ranks is not None and (rule.sort == "inputs" or streaming is not None or (stacks and rule.calibrated)):
+        what = "whole layers" if stacks else "weights left on the disk" if streaming else importance
+        raise InputError(f"{what} cannot be scored by several processes together: run one alone")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
     if streaming is not None and (stacks or rule.sort == "inputs"):
@@ -395,11 +403,16 @@ def score(
                     sums = _weights_only(model, parameters, rule, partial(_tick, bar), stacks_apart)
                 else:
                     batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
+                if ranks is not None:
+                    ranks.agree_on_scoring(
+                        *(model, graph.fingerprint, importance, aggregation, seed, kinds),
+                        None if batch is None else batch.hash,
+                    )
                 if axes and batch is not None:
                     tick = partial(_tick, bar)
                     sums = _streamed(
                         *(model, batch, loss, parameters, rule, tick, batch_size, checkpointing),
-                        *(pin_boundaries, stacks_apart, streaming),
+                        *(pin_boundaries, stacks_apart, streaming, ranks),
                     )
             structures = {
                 name: [rule.finish(array if array.ndim == 1 else array.sum(0)) for array in arrays]
@@ -602,34 +615,31 @@ def _streamed(
     pin_boundaries: bool,
     stacks: Collection[str],
     streaming: Streaming | None,
+    ranks: Ranks | None,
 ) -> Sums:
     """First and second order, with the model as it was afterwards."""
+    total = batch.samples
+    if ranks is not None:
+        batch = ranks.own(batch)
     losses_of = SampleLosses(model, loss, batch)
     if streaming is not None:
         with _ids_in_range():
             return block_streamed_sums(
-                model,
-                batch,
-                losses_of,
-                list(parameters),
-                rule,
-                streaming,
+                *(model, batch, losses_of, list(parameters), rule, streaming),
                 progress=progress,
                 batch_size=batch_size,
                 stacks=stacks,
             )
     with undisturbed(model), _ids_in_range():
         return streamed_sums(
-            model,
-            batch,
-            losses_of,
-            parameters,
-            rule,
+            *(model, batch, losses_of, parameters, rule),
             progress=progress,
             batch_size=batch_size,
             checkpointing=checkpointing,
             pin_boundaries=pin_boundaries,
             stacks=stacks,
+            ranks=ranks,
+            total=total,
         )
 
 

@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from llmprune.errors import CalibrationError, DeviceError
 from llmprune.importance import Importance
 from llmprune.interpose import Interposer
 from llmprune.loss import SampleLosses, check_losses, fused_loss
+from llmprune.ranks import Ranks, SharedReducer
 from llmprune.reading import Sliced
 from llmprune.recompute import Block, Checkpoints, give_back_memory, watch_blocks
 from llmprune.reduction import HeadRows, Reducer, Reroute, Sums
@@ -147,6 +149,9 @@ class Task:
     stacks: Collection[str] = ()
     stored: Mapping[int, Sliced] = field(default_factory=dict)
     """id of a parameter that is not in memory, scored or not -> its values in a file."""
+    ranks: Ranks | None = None
+    total: int = 0
+    """Samples of all ranks."""
 
 
 def _survey(task: Task, copied: set[str]) -> Route:
@@ -272,6 +277,8 @@ def streamed_sums(
     accumulator_bytes: int | None = None,
     pin_boundaries: bool = False,
     stacks: Collection[str] = (),
+    ranks: Ranks | None = None,
+    total: int = 0,
 ) -> Sums:
     """Sums of the elementwise importance over every structure of every parameter.
 
@@ -291,14 +298,23 @@ def streamed_sums(
             half of what is available.
         pin_boundaries: With checkpointing, keep what passes the blocks' borders in pinned host memory.
         stacks: Names of parameters whose slices along dimension 0 are told apart.
+        ranks: Other processes that do the same with other samples; the sums are of all.
+        total: Samples of all ranks.
 
     Raises:
         CalibrationError: a sample's loss is not finite, or the model cannot run on the samples.
+        RankError: another process failed.
         DeviceError: a CUDA device has too little free memory; nothing has been computed.
     """
-    task = Task(model, batch, losses_of, parameters, importance, progress, stacks)
-    losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
-    route = find_route(task).without(set(stacks), parameters)
+    task = Task(model, batch, losses_of, parameters, importance, progress, stacks, ranks=ranks, total=total)
+
+    def prepare() -> Route:
+        losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
+        return find_route(task).without(set(stacks), parameters)
+
+    route = prepare() if ranks is None else ranks.together(prepare)
+    if ranks is not None and not importance.additive:
+        route = replace(route, head=None)  # its rows are reduced before those of other ranks are in
     while True:
         log.info(
             "%d parameters streamed, %d copied per sample, %d on the general path, %d blocks",
@@ -307,18 +323,12 @@ def streamed_sums(
             len(route.general),
             len(route.blocks),
         )
-        checkpoint, at_a_time = _schedule(task, route, batch_size, checkpointing)
+        attempt = partial(_attempt, task, route, batch_size, checkpointing, pin_boundaries, accumulator_bytes)
         try:
-            return _Pass(task, route, checkpoint, at_a_time, pin_boundaries).run(accumulator_bytes)
-        except IndexError as error:
-            shapes = {name: tuple(t.shape) for name, t in batch.inputs.items()}
-            raise CalibrationError(
-                f"{type(model).__name__} cannot run on calibration samples of shapes {shapes} ({error}): are they "
-                "longer than its positions?"
-            ) from error
+            return attempt() if ranks is None else ranks.together(attempt)
         except Reroute as reroute:
             if reroute.names <= route.general:  # used in a block and outside of it
-                if not route.blocks:
+                if not route.blocks and ranks is None:
                     raise RuntimeError(
                         f"gradients of {reroute} come in parts that fit no schedule"
                     ) from reroute
@@ -326,6 +336,25 @@ def streamed_sums(
             else:
                 route = route.without(reroute.names, parameters)
             log.info("starting over: %s cannot be had as was planned", reroute)
+
+
+def _attempt(
+    task: Task,
+    route: Route,
+    batch_size: int | None,
+    checkpointing: bool | None,
+    pin_boundaries: bool,
+    accumulator_bytes: int | None,
+) -> Sums:
+    checkpoint, at_a_time = _schedule(task, route, batch_size, checkpointing)
+    try:
+        return _Pass(task, route, checkpoint, at_a_time, pin_boundaries).run(accumulator_bytes)
+    except IndexError as error:
+        shapes = {name: tuple(t.shape) for name, t in task.batch.inputs.items()}
+        raise CalibrationError(
+            f"{type(task.model).__name__} cannot run on calibration samples of shapes {shapes} ({error}): are they "
+            "longer than its positions?"
+        ) from error
 
 
 def _schedule(
@@ -398,14 +427,13 @@ class _Pass:
         """Set up what the attempt adds to."""
         task, parts = self.task, self.batch_size < self.task.batch.samples
         self.samples = task.batch.samples
-        self.reducer = Reducer(
-            task.importance,
-            task.parameters,
-            self.samples,
-            self.route.streamed,
-            task.progress,
-            fold=parts and task.batch.tokens > STORE_TOKENS,
-            stacks=task.stacks,
+        self.total = task.total if task.ranks is not None else self.samples
+        fold = parts and task.batch.tokens > STORE_TOKENS
+        given = (task.importance, task.parameters, self.samples, self.route.streamed, task.progress)
+        self.reducer = (
+            Reducer(*given, fold=fold, stacks=task.stacks)
+            if task.ranks is None
+            else SharedReducer(task.ranks, task.total, self._order(), *given, fold=fold, stacks=task.stacks)
         )
         self.mode = Interposer(task.parameters, set(self.route.streamed), self.route.copied, self.reducer)
         self.mode.densities = self.route.densities
@@ -422,11 +450,23 @@ class _Pass:
             with requiring_grad(active.values()):
                 self._together(active)
         self._one_by_one(sorted(later), accumulator_bytes)
+        if isinstance(self.reducer, SharedReducer):
+            self.reducer.finish()
         sums = self.reducer.sums
-        if self.task.importance.order == 1:
+        if self.task.importance.order == 1 and self.task.importance.kernel is not None:
             for array in (array for arrays in sums.values() for array in arrays):
-                array *= 1 / (self.samples * self.factor)
+                array *= 1 / self.total
         return sums
+
+    def _order(self) -> list[str]:
+        """The order in which ranks exchange gradients: about that of a backward pass, and of the routes after it."""
+        names = {id(p): name for name, p in self.task.parameters.items()}
+        backward = [names[id(p)] for p in reversed(list(self.task.model.parameters())) if id(p) in names]
+        second = self.task.importance.order > 1
+        one_dimensional = {name for name, p in self.task.parameters.items() if second and p.dim() == 1}
+        return [n for n in backward if n not in one_dimensional] + [
+            n for n in backward if n in one_dimensional
+        ]
 
     def _together(self, active: Mapping[str, torch.Tensor]) -> None:
         """All samples' gradients of ``active`` parameters."""

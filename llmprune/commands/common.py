@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, RankError
 
 if TYPE_CHECKING:
+    from llmprune.ranks import Ranks
     from llmprune.stages import Stages
 
 
@@ -106,6 +110,37 @@ def load(directory: Path, clock: Stages, trust: bool) -> tuple[Any, Any]:
 
     with clock.stage("load", f"reading {directory}"):
         return load_model(directory, trust_remote_code=trust), load_tokenizer(directory)
+
+
+@contextmanager
+def processes() -> Iterator[Ranks | None]:
+    """The processes that torchrun started, connected; None where this one is alone.
+
+    Raises:
+        RankError: they cannot be connected.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield None
+        return
+    import torch
+    import torch.distributed as dist
+
+    from llmprune.ranks import Ranks
+
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        # Others may wait for long; one that dies is noticed by its connections.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=timedelta(days=1))
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"the processes of this run cannot be connected ({error}): start them with torchrun"
+        ) from error
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()
 
 
 def check_file(path: Path | None, what: str) -> None:
