@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
+
 from llmprune.record import Compaction, Step
 
 _OPTIONS = (
@@ -99,7 +101,7 @@ def _step(step: Step, title: str) -> list[str]:
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for axis in step.removed:
         row = totals[axis["kind"]]
-        row[0], row[1], row[2] = row[0] + 1, row[1] + axis["size"], row[2] + len(axis["removed"])
+        row[0], row[1], row[2] = row[0] + 1, row[1] + axis["size"], row[2] + np.shape(axis["removed"])[-1]
     lines += [f"| {kind} | {n} | {size:,} | {gone:,} |" for kind, (n, size, gone) in sorted(totals.items())]
     lines += ["", "| setting | value |", "| --- | --- |"]
     lines += [

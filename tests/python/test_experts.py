@@ -265,6 +265,10 @@ def test_a_ragged_model_is_saved_in_the_stock_form_and_rechecked(family: str, tm
     small = llmprune.compact(copy.deepcopy(model), Plan.load(path))
     report = llmprune.save_pretrained(small, tmp_path / "small")
     assert report.form == "stock"
+    axes = [plan.axes[axis] for axis in plan.removed]
+    totals = [len(axes), *(sum(axis[key] for axis in axes) for key in ("size", "removed"))]
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"| ffn | {' | '.join(map(str, totals))} |" in card
     again = (
         type(model)
         .from_pretrained(tmp_path / "small", dtype=torch.float64, attn_implementation="eager")
