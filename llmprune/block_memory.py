@@ -7,6 +7,7 @@ weights as the survey. Bytes of a sample are ``a T + b T^2`` for ``T`` tokens (`
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,14 +60,18 @@ class Schedule:
         buffers: Blocks whose weights are in memory at a time.
         on_disk: Whether what enters blocks is kept on disk.
         fold: Whether gradients are added up in accumulators, instead of keeping what they are made of.
+        logits: Whether the fused loss keeps its logits for backward.
         peak: Bytes that the process will have at most.
+        settled: Bytes above which free pages are handed back between blocks.
     """
 
     batch_size: int
     buffers: int
     on_disk: bool
     fold: bool
+    logits: bool
     peak: int
+    settled: int
 
 
 def gauge(task: Task, model: nn.Module, blocks: list[Block]) -> Gauge:
@@ -91,8 +96,13 @@ def _extended(points: list[tuple[int, float]], length: int) -> float:
     return (high / last + square * (length - last)) * length
 
 
+class _Enough(Exception):
+    """Every kind of block has run."""
+
+
 def _gauged(task: Task, model: nn.Module, blocks: list[Block], part: Batch) -> tuple[float, float]:
     ids = {id(block.module) for block in blocks}
+    left = {_kind(block.module) for block in blocks}
     kept, border = 0.0, 0.0
     stack = contextlib.ExitStack()
     count: list[Callable[[], int]] = []
@@ -108,6 +118,9 @@ def _gauged(task: Task, model: nn.Module, blocks: list[Block], part: Batch) -> t
             stack.pop_all().close()
             leaves = floating(pytree.tree_leaves((args, kwargs)))
             border = max(border, sum(t.numel() * t.element_size() for t in leaves if t.requires_grad))
+            left.discard(_kind(module))
+            if not left:
+                raise _Enough
 
     handles = [
         register_module_forward_pre_hook(entering),
@@ -118,12 +131,19 @@ def _gauged(task: Task, model: nn.Module, blocks: list[Block], part: Batch) -> t
     try:
         with _anchored(blocks[0].module, anchor), Interposer({}, set(), set(), counter, task.stored):
             task.losses_of(part)
+    except _Enough:
+        pass
     finally:
         stack.close()
         for handle in handles:
             handle.remove()
             torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
     return kept, border
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """What blocks that take the same memory have in common."""
+    return type(module), *(tuple(p.shape) for p in module.parameters())
 
 
 @contextlib.contextmanager
@@ -155,7 +175,8 @@ class Sizes:
         pieces: Inputs and gradients of one block's linear maps over all samples, at most.
         accumulators: Gradients of one block's weights in accumulators, at most.
         general: Gradients of one block's other parameters, at most.
-        loss: What the loss and the final projection take.
+        loss: What the loss and the final projection take, with their logits in slices where they are fused.
+        logits: All logits, where they are fused.
     """
 
     block: int
@@ -164,6 +185,7 @@ class Sizes:
     accumulators: int
     general: int
     loss: int
+    logits: int
 
 
 def sizes_of(
@@ -188,7 +210,9 @@ def sizes_of(
             elif name in route.general:
                 other += parameter.numel() * (4 if order > 1 else 1) * max(4, parameter.element_size())
         pieces, accumulators, general = max(pieces, seen), max(accumulators, whole), max(general, other)
-    return Sizes(block, extra, pieces, accumulators, general, _loss_bytes(task, route, border))
+    head = route.head if task.losses_of.plain else None
+    logits = 0 if head is None else task.batch.tokens * len(head) * head.element_size()
+    return Sizes(block, extra, pieces, accumulators, general, _loss_bytes(task, route, border), logits)
 
 
 def _loss_bytes(task: Task, route: Route, border: float) -> int:
@@ -220,20 +244,13 @@ def choose(
         InputError: none is; the message says what would do.
     """
     here = resident_memory()
-    candidates = []
-    for buffers, on_disk in ((2, False), (2, True), (1, False), (1, True)):
-        for size in sorted({samples, *(samples >> n for n in range(1, 20))} - {0}, reverse=True):
-            if batch_size is not None and size != min(batch_size, samples):
-                continue
-            folds = {False, size < samples and sizes.accumulators < sizes.pieces}
-            for fold in sorted(folds):
-                peak = here + _beside(sizes, measured, blocks, samples, size, buffers, on_disk, fold)
-                candidates.append(Schedule(size, buffers, on_disk, fold, peak))
-    if batch_size is not None and not candidates:
-        size = min(batch_size, samples)
-        for buffers, on_disk in ((2, False), (2, True), (1, True)):
-            peak = here + _beside(sizes, measured, blocks, samples, size, buffers, on_disk, False)
-            candidates.append(Schedule(size, buffers, on_disk, False, peak))
+    counts = sorted({samples, *(samples >> n for n in range(1, 20))} - {0}, reverse=True)
+    if batch_size is not None:
+        counts = [min(batch_size, samples)]
+    candidates = [
+        _scheduled(here, sizes, measured, blocks, samples, *each)
+        for each in itertools.product((2, 1), (False, True), counts, (True, False), (False, True))
+    ]
     fitting = [c for c in candidates if budget is None or c.peak <= budget]
     if not fitting:
         least = min(c.peak for c in candidates)
@@ -247,22 +264,29 @@ def choose(
     return chosen
 
 
-def _beside(
+def _scheduled(
+    here: int,
     sizes: Sizes,
     measured: Gauge,
     blocks: int,
     samples: int,
-    size: int,
     buffers: int,
     on_disk: bool,
+    size: int,
+    logits: bool,
     fold: bool,
-) -> int:
-    """Bytes beside what the process has before the first block is read."""
+) -> Schedule:
+    """A schedule with its peak, for a process that has ``here`` bytes before the first block is read."""
     border = measured.border * samples
     kept = 0.0 if on_disk else border * blocks
     forward = 2 * border + 1.2 * measured.kept * size
     loss = border + sizes.loss
-    uses = sizes.accumulators if fold else sizes.pieces
+    uses = sizes.accumulators if fold and size < samples else sizes.pieces
     backward = 4 * border + _BACKWARD * measured.kept * size + uses + sizes.general
-    peak = buffers * sizes.block + sizes.extra + kept + max(forward, loss, backward)
-    return int(peak * 1.02) + _SLACK
+    if logits:
+        kept += sizes.logits  # gone when the blocks' backward begins, but it may leave holes
+    steady = buffers * sizes.block + sizes.extra + kept
+    passing = max(forward, loss, backward)
+    peak = here + int(1.02 * (steady + passing)) + _SLACK
+    settled = peak - int(passing / 4) - _SLACK // 2
+    return Schedule(size, buffers, on_disk, fold, logits, peak, settled)

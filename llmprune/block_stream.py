@@ -24,14 +24,14 @@ from torch.utils import _pytree as pytree
 
 from llmprune import __version__
 from llmprune.block_memory import Gauge, Schedule, choose, gauge, sizes_of
-from llmprune.block_weights import Weights, exclusive, kinds_of, shells, stands, surrogates
+from llmprune.block_weights import Outside, Weights, exclusive, kinds_of, shells, stands, surrogates
 from llmprune.boundaries import Boundaries, Journal
+from llmprune.budget import resident_memory
 from llmprune.calibration import Batch
 from llmprune.errors import InputError
 from llmprune.importance import Importance
 from llmprune.interpose import Interposer
 from llmprune.loss import SampleLosses, check_losses
-from llmprune.reading import Sliced
 from llmprune.recompute import Block, Run, cut, floating, give_back_memory, run_part
 from llmprune.reduction import Reducer, Reroute, Sums
 from llmprune.stored import Source, Streaming, source_of
@@ -84,7 +84,7 @@ def block_streamed_sums(
     assert source is not None
     with shells(model) as parameters, undisturbed(model):
         scored = {name: parameters[name] for name in names}
-        outside = _Outside(model, source, parameters)
+        outside = Outside(model, source, parameters)
         task = Task(model, batch, losses_of, scored, importance, progress, stacks, outside.stored)
         kinds = kinds_of(model)
         with surrogates(model, source, parameters, kinds):
@@ -147,40 +147,7 @@ def _signature(task: Task, source: Source, blocks: int) -> dict[str, Any]:
     }
 
 
-class _Outside:
-    """The parameters that lie in no block: in memory, or those of embedding and projection in their files."""
-
-    def __init__(self, model: nn.Module, source: Source, parameters: Mapping[str, nn.Parameter]):
-        self._model, self._source, self._parameters = model, source, parameters
-        self.stored: dict[int, Sliced] = {}
-        self._loaded: set[int] = set()
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.Linear))}
-        inside = {id(p) for kind in kinds_of(model) for member in kind for p in member.parameters()}
-        for name, parameter in parameters.items():
-            place = source.stored(name)
-            if place is not None and id(parameter) in tables and id(parameter) not in inside:
-                self.stored[id(parameter)] = Sliced(source.files, place, parameter.dtype)
-
-    def load(self, kinds: list[list[nn.Module]]) -> None:
-        """Have in memory what lies in none of these modules, or in several, and is not stored."""
-        members = [member for kind in kinds for member in kind]
-        own = {name for names in exclusive(self._model, members) for name in names}
-        wanted: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
-            if name not in own and id(parameter) not in self.stored and id(parameter) not in self._loaded:
-                self._loaded.add(id(parameter))
-                wanted[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
-        self._source.fill(wanted)
-        for name, value in wanted.items():
-            self._parameters[name].data = value
-
-    def keep(self, names: set[str]) -> None:
-        """Have these in memory whole, too."""
-        for name in names:
-            self.stored.pop(id(self._parameters[name]), None)
-
-
-def _surveyed(task: Task, outside: _Outside) -> Route:
+def _surveyed(task: Task, outside: Outside) -> Route:
     """The route; a stored parameter that is used in other ways than by lookups and products is read whole."""
     sketch = task.batch.sketch(_SKETCH_TOKENS)
     while True:
@@ -257,7 +224,7 @@ class _BlockPass:
                 losses = self._losses(mode)
             mode.forget()
             check_losses(losses)
-            give_back_memory()
+            self._give_back()
             if losses.requires_grad:
                 (losses.sum() * self.factor).backward()  # type: ignore[no-untyped-call]
             self._finish(self.outer, mode, reducer)
@@ -271,7 +238,7 @@ class _BlockPass:
         task = self.task
         if self.route.head is None or not task.losses_of.plain:
             return task.losses_of(task.batch)
-        return fused_losses(task, self.route, task.batch, mode, False)
+        return fused_losses(task, self.route, task.batch, mode, self.schedule.logits)
 
     def _finish(self, parameters: Mapping[str, torch.Tensor], mode: Interposer, reducer: Reducer) -> None:
         """Reduce what autograd has summed up, and see that all is there."""
@@ -287,6 +254,11 @@ class _BlockPass:
             if copy.grad is not None:
                 reducer.per_sample(name, copy.grad)
 
+    def _give_back(self) -> None:
+        """Hand free pages back where holes have grown beyond the plan; the next block could use most of them."""
+        if resident_memory() > self.schedule.settled:
+            give_back_memory()
+
     def _parts(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.samples, self.batch_size):
             yield start, min(start + self.batch_size, self.samples)
@@ -299,7 +271,7 @@ class _BlockPass:
         output, whole = self._forward(block, leaves, spec) if done is None else done
         if done is None and self.journal is not None:
             self.journal.put("forward", number, whole)
-        give_back_memory()
+        self._give_back()
         with torch.autograd.graph.saved_tensors_hooks(self.boundaries.pack, self.boundaries.unpack):
             return Run(self, block, leaves, spec, whole).result(output, self.anchor)
 
@@ -365,7 +337,7 @@ class _BlockPass:
         if self.journal is not None:
             self.journal.put_sums(number, sums)
             self.journal.put("backward", number, totals)
-        give_back_memory()
+        self._give_back()
         return totals
 
     def _reduced(

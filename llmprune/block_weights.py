@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmprune.reading import Sliced
 from llmprune.recompute import Block
 from llmprune.stored import Source
 
@@ -130,6 +131,13 @@ class Weights:
                 self._parameters[name].data = _placeholder(self._parameters[name])
             self._used = None
 
+    def change(self, block: int, change: Callable[[str, torch.Tensor], None]) -> None:
+        """Have the values of a present block changed; they are read anew the next time."""
+        buffer = next(b for b in self._buffers if b.holds == block)
+        for name, view in buffer.views.items():
+            change(name, view)
+        buffer.holds = -1
+
     def close(self) -> None:
         """End the reading thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -227,3 +235,40 @@ def surrogates(
     finally:
         for name in lent:
             parameters[name].data = _placeholder(parameters[name])
+
+
+class Outside:
+    """The parameters that lie in no block: in memory, or those of embedding and projection in their files."""
+
+    def __init__(self, model: nn.Module, source: Source, parameters: Mapping[str, nn.Parameter]):
+        self._model, self._source, self._parameters = model, source, parameters
+        self.stored: dict[int, Sliced] = {}
+        self._loaded: set[int] = set()
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.Linear))}
+        inside = {id(p) for kind in kinds_of(model) for member in kind for p in member.parameters()}
+        for name, parameter in parameters.items():
+            place = source.stored(name)
+            if place is not None and id(parameter) in tables and id(parameter) not in inside:
+                self.stored[id(parameter)] = Sliced(source.files, place, parameter.dtype)
+
+    def load(self, kinds: list[list[nn.Module]]) -> None:
+        """Have in memory what lies in none of these modules, or in several, and is not stored."""
+        members = [member for kind in kinds for member in kind]
+        own = {name for names in exclusive(self._model, members) for name in names}
+        wanted: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            if name not in own and id(parameter) not in self.stored and id(parameter) not in self._loaded:
+                self._loaded.add(id(parameter))
+                wanted[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
+        self._source.fill(wanted)
+        for name, value in wanted.items():
+            self._parameters[name].data = value
+
+    def names(self) -> list[str]:
+        """Names of the parameters that are in memory."""
+        return [name for name, p in self._parameters.items() if id(p) in self._loaded]
+
+    def keep(self, names: set[str]) -> None:
+        """Have these in memory whole, too."""
+        for name in names:
+            self.stored.pop(id(self._parameters[name]), None)

@@ -34,6 +34,7 @@ from llmprune.commands.common import (
     read_text,
     run_argument,
 )
+from llmprune.commands.streamed import prune_files
 from llmprune.errors import InputError, LlmpruneError
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save-plan", type=path_argument, metavar="FILE", help="write the plan as JSON as well"
     )
 
+    score_command.add_streaming(prune)
     score_command.add(commands)
 
     trace = command(commands, "trace", _trace, "show what can be pruned, by kind")
@@ -236,6 +238,7 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     from llmprune.sampling import calibration_for
     from llmprune.score import check_scoring
     from llmprune.stages import Stages
+    from llmprune.stored import must_stream
     from llmprune.targets import UNITS, ratio_of, target_of
 
     check_options(
@@ -269,6 +272,9 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     _check_plan_file(options.save_plan)
     check_run(options)
     clock = Stages(announcer(bool(options.quiet)))
+    if must_stream(options.model, options.stream, options.memory_budget):
+        prune_files(options, goals, clock)
+        return
     model, tokenizer = load(options.model, clock, options.trust_remote_code)
     calibration = None
     repair_text = options.repair_calibration or options.calibration

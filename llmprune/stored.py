@@ -20,7 +20,7 @@ from torch import nn
 from transformers import core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from llmprune import loading
+from llmprune import adapters, loading
 from llmprune.budget import available_memory, parse_bytes, resident_memory
 from llmprune.errors import CheckpointError, InputError
 from llmprune.reading import SLICE_BYTES, Files, Sliced, bytes_of
@@ -287,6 +287,11 @@ def streaming_of(
     return Streaming(budget, None if state is None else Path(state))
 
 
+def state_beside(output: Path) -> Path:
+    """Where a streamed job for an output keeps what it has done so far."""
+    return output.absolute().parent / f".{output.name}.blocks"
+
+
 def opened(
     directory: str | Path,
     stream: bool | None = None,
@@ -303,16 +308,25 @@ def opened(
         state: As for :func:`llmprune.score`; it is for streaming only.
         trust_remote_code: As for :func:`open_model`.
     """
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
-    if stream is None:
-        weights = sum(stored.bytes for stored in find_tensors(Path(directory)).values())
-        here = resident_memory()
-        room = (here + available_memory() * 9 // 10) if budget is None else budget
-        stream = state is not None or here + int(_IN_MEMORY * weights) > room
-        log.info("%s: %d bytes of weights, %d of memory, streamed: %s", directory, weights, room, stream)
-    read = open_model if stream else loading.load_model
+    streamed = state is not None or must_stream(directory, stream, memory_budget)
+    read = open_model if streamed else loading.load_model
     model: nn.Module = read(directory, trust_remote_code=trust_remote_code)
     return model
+
+
+def must_stream(
+    directory: str | Path, stream: bool | None = None, memory_budget: int | str | None = None
+) -> bool:
+    """Whether the weights of a folder are to stay there; see :func:`opened`."""
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if stream is not None or adapters.is_adapter(Path(directory)):
+        return bool(stream)
+    loading.read_config(Path(directory))
+    weights = sum(stored.bytes for stored in find_tensors(Path(directory)).values())
+    here = resident_memory()
+    room = (here + available_memory() * 9 // 10) if budget is None else budget
+    log.info("%s: %d bytes of weights, %d of memory", directory, weights, room)
+    return here + int(_IN_MEMORY * weights) > room
 
 
 def _dtype(values: dict[str, Any], tensors: dict[str, Stored]) -> torch.dtype:

@@ -137,7 +137,7 @@ def check_cache(model: nn.Module, original: nn.Module, inputs: Mapping[str, Any]
     ids = inputs.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] < 4:
         return
-    tolerance = 10 * TOLERANCE.get(_narrowest(model), 1e-5)  # other kernels for other lengths
+    tolerance = 10 * TOLERANCE.get(narrowest(model), 1e-5)  # other kernels for other lengths
     if _cache_error(model, ids) > tolerance and _cache_error(original, ids) <= tolerance:
         raise VerificationError(
             "without these layers, or parts of layers, the model computes something else with a cache than without, or "
@@ -186,7 +186,7 @@ def compare(
         from llmprune.inputs import example_inputs
 
         inputs = example_inputs(model)
-    dtype = _narrowest(model)
+    dtype = narrowest(model)
     wider = WIDER.get(dtype)
     if wider is None or not fits(model, wider):
         return _compare_in(model, pruned(model), plan, inputs, dtype)
@@ -232,7 +232,7 @@ def _compare_in(
                 raise VerificationError(
                     f"the compacted model does not run ({type(error).__name__}: {error}): the plan must not be applied"
                 ) from error
-            error_now, scale, names = _compare(reference, got)
+            error_now, scale, names = compared_outputs(reference, got)
             compared, masked = compared + 1, mode.done
             relative = error_now / scale if scale else error_now
             if not relative <= tolerance:
@@ -295,7 +295,7 @@ def _reference(
     return reference, mode
 
 
-def _compare(
+def compared_outputs(
     reference: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
 ) -> tuple[float, float, tuple[str, ...]]:
     """Largest error over all outputs of equal shape, the scale of those that matter, and the names compared."""
@@ -329,6 +329,18 @@ def _error(reference: torch.Tensor, got: torch.Tensor) -> float:
     return float(torch.where(reference == got, 0.0, difference).max())
 
 
+def masked_values(
+    data: torch.Tensor, dims: Mapping[int, Any]
+) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """Where a parameter's values are not in ``dims`` (a plan's kept positions): views of it, and indices into them."""
+    for dim, kept in dims.items():
+        gone = np.stack([np.setdiff1d(np.arange(data.shape[dim]), row) for row in np.atleast_2d(kept)])
+        slices = dims.get(0, np.arange(data.shape[0]))[:, None]
+        places = (gone[0],) if kept.ndim == 1 else (slices, gone)
+        view = data.movedim(dim, kept.ndim - 1)
+        yield view, tuple(torch.as_tensor(place, device=data.device) for place in places)
+
+
 @contextmanager
 def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
     """The masked reference inside the block; afterwards every bit is as it was.
@@ -343,14 +355,7 @@ def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
                 if name not in parameters:
                     continue  # a buffer: what it scales or shifts is zero already
                 data = parameters[name].data  # not a new version for autograd: the values will be back
-                for dim, kept in dims.items():
-                    gone = np.stack(
-                        [np.setdiff1d(np.arange(data.shape[dim]), row) for row in np.atleast_2d(kept)]
-                    )
-                    slices = dims.get(0, np.arange(data.shape[0]))[:, None]
-                    places = (gone[0],) if kept.ndim == 1 else (slices, gone)
-                    view = data.movedim(dim, kept.ndim - 1)
-                    index = tuple(torch.as_tensor(place, device=data.device) for place in places)
+                for view, index in masked_values(data, dims):
                     undo.append((view, index, view[index]))
                     view[index] = 0
         forget(model)
@@ -475,7 +480,7 @@ def _module_outputs(model: nn.Module, run: Any) -> dict[str, torch.Tensor]:
     return seen
 
 
-def _narrowest(model: nn.Module) -> torch.dtype:
+def narrowest(model: nn.Module) -> torch.dtype:
     """The floating point dtype of the model's parameters with the fewest bits."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     return min(dtypes, key=lambda d: (torch.finfo(d).bits, -torch.finfo(d).eps), default=torch.float32)

@@ -46,18 +46,13 @@ def add_streaming(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def state_beside(output: Path) -> Path:
-    """Where a streamed job keeps what it has done so far."""
-    return output.absolute().parent / f".{output.name}.blocks"
-
-
 def _score(options: argparse.Namespace) -> None:
     from llmprune.loading import load_tokenizer
     from llmprune.prune import announcer
     from llmprune.sampling import calibration_for
     from llmprune.score import check_scoring, score
     from llmprune.stages import Stages
-    from llmprune.stored import opened, source_of
+    from llmprune.stored import opened, source_of, state_beside
     from llmprune.trace import trace
 
     check_scoring(options.importance, options.aggregation, options.calibration, options.kinds)

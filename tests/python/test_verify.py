@@ -16,7 +16,7 @@ from torch import nn
 from llmprune.errors import InputError, VerificationError
 from llmprune.masked_ops import kept_positions
 from llmprune.reload import _difference
-from llmprune.verify import _compare, verify
+from llmprune.verify import compared_outputs, verify
 
 FFN_CUT = {0: [1, 5, 18], 1: [0, 2, 3]}
 HEAD_CUT = {0: [1], 1: [0]}
@@ -109,8 +109,8 @@ def test_a_plan_that_cuts_the_logits_fails() -> None:
 def test_nan_in_a_later_output_is_an_error() -> None:
     good = {"start_logits": torch.ones(2), "end_logits": torch.ones(2)}
     bad = {**good, "end_logits": torch.tensor([1.0, float("nan")])}
-    assert _compare(good, good)[0] == 0
-    assert math.isnan(_compare(good, bad)[0])
+    assert compared_outputs(good, good)[0] == 0
+    assert math.isnan(compared_outputs(good, bad)[0])
     assert math.isnan(_difference(good, bad))
 
 

@@ -1,0 +1,124 @@
+"""Pruning from folder to folder: the same files as with the model in memory, and proved before they get their name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import build
+
+import llmprune
+from llmprune import prune_stream
+from llmprune.cli import main
+from llmprune.errors import VerificationError
+from llmprune.loading import load_model
+from llmprune.prune_stream import prune_streamed
+from llmprune.stored import open_model
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+def ids_of(samples: int = 3, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 99, (samples, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"ratio": 0.2}),
+        ("llama", {"ratio": {"channel": 0.2, "ffn": 0.3}}),
+        ("qwen3", {"ratio": {"query": 0.5, "ffn": 0.3}}),
+        ("mixtral", {"ratio": {"ffn": 0.25}}),
+        ("mixtral", {"ratio": {"expert": 0.4}}),
+        ("gpt2", {"ratio": 0.2, "importance": "element2"}),
+        ("opt", {"ratio": 0.2, "importance": "l2"}),
+        ("mamba", {"ratio": {"ffn": 0.2, "state": 0.1, "rank": 0.2}}),
+    ],
+)
+def test_the_files_are_those_of_pruning_in_memory(tmp_path, family, options):
+    build(family).save_pretrained(tmp_path / "m", max_shard_size="30KB")
+    common = {"protect_first": 0, "protect_last": 0, **options}
+    if isinstance(options["ratio"], dict):
+        common["kinds"] = tuple(options["ratio"])
+    model = load_model(tmp_path / "m")
+    llmprune.prune(
+        model, None, calibration=ids_of(), repair="none", output=tmp_path / "a", quiet=True, **common
+    )
+    ratio = common.pop("ratio")
+    report = prune_streamed(
+        open_model(tmp_path / "m"), tmp_path / "m", tmp_path / "b", ratio, ids_of(), quiet=True, **common
+    )
+    assert report.verification is not None
+    assert report.verification.relative_error <= 1e-5
+    assert report.output == str(tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "m"]
+    first, second = (
+        {k: v for f in (tmp_path / n).glob("*.safetensors") for k, v in load_file(f).items()} for n in "ab"
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert report.after.parameters == sum(p.numel() for p in load_model(tmp_path / "b").parameters())
+
+
+def test_a_result_that_computes_something_else_is_not_published(monkeypatch, tmp_path):
+    build("llama").save_pretrained(tmp_path / "m")
+    original = prune_stream.apply
+
+    def wrong(plan, source, target, **options):
+        saved = original(plan, source, target, **options)
+        from safetensors.torch import save_file
+
+        file = target / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] += 0.5
+        save_file(tensors, file, {"format": "pt"})
+        return saved
+
+    monkeypatch.setattr(prune_stream, "apply", wrong)
+    with pytest.raises(VerificationError, match="nothing was written"):
+        prune_streamed(
+            open_model(tmp_path / "m"), tmp_path / "m", tmp_path / "b", {"ffn": 0.2}, ids_of(), quiet=True,
+            kinds=("ffn",), protect_first=0, protect_last=0,
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_command_line(tmp_path, capsys):
+    words = ["prune", str(DEMO / "model"), "--calibration", str(DEMO / "calibration.txt"), "--quiet"]
+    assert main([*words, "--stream", "--memory-budget", "20GB", "--output", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "verified: equal to the masked reference" in said
+    assert "weights stayed in their files" in said
+    load_model(tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "give --output"),
+        (
+            ["--output", "{}/b", "--eval", str(DEMO / "calibration.txt")],
+            "--eval needs the whole model in memory",
+        ),
+        (["--output", "{}/b", "--generate", "Once"], "--generate needs the whole model"),
+        (["--output", "{}/b", "--repair", "ls"], "--repair ls needs the whole model"),
+        (["--output", "{}/b", "--importance", "obs"], "in memory alone"),
+        (["--output", "{}/b", "--memory-budget", "1MB"], "raise it to"),
+        (["--output", "{}/b", "--memory-budget", "much"], "no amount of memory"),
+    ],
+)
+def test_refused(tmp_path, capsys, words, sentence):
+    start = [
+        "prune",
+        str(DEMO / "model"),
+        "--calibration",
+        str(DEMO / "calibration.txt"),
+        "--quiet",
+        "--stream",
+    ]
+    assert main([*start, *(word.format(tmp_path) for word in words)]) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
