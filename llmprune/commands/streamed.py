@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmprune.commands.common import print_json
+from llmprune.commands.common import note_run, print_json
 from llmprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def prune_files(options: argparse.Namespace, goals: Mapping[str, Any], clock: St
     )
     if options.save_plan is not None:
         report.plan.save(options.save_plan)
+    note_run(options, report.to_json(), [options.calibration])
     if options.json:
         print_json(report.to_json())
     else:
