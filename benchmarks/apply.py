@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -100,16 +101,22 @@ def flush(folder: Path) -> None:
             os.fsync(opened.fileno())
 
 
+def children() -> float:
+    """CPU seconds of the processes that were started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @contextmanager
 def timed_weights(seconds: list[float]) -> Iterator[None]:
-    """Inside, note how long passing the weights takes until the disk has them."""
+    """Inside, note how long passing the weights takes until the disk has them, and CPU time."""
     finish = _Streamer.finish
 
     def timed(self: _Streamer) -> None:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         finish(self)
         flush(self.folder)
-        seconds.append(time.perf_counter() - start)
+        seconds.extend([time.perf_counter() - start, time.process_time() - used])
 
     _Streamer.finish = timed  # type: ignore[method-assign]
     try:
@@ -145,10 +152,10 @@ def main() -> None:
             uncached(source)
             uncached(out)
             copy.mkdir()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), children()
             subprocess.run(["cp", *sorted(map(str, out.glob("*.safetensors"))), str(copy)], check=True)
             flush(copy)
-            copying = time.perf_counter() - start
+            copying, copying_cpu = time.perf_counter() - start, children() - used
             shutil.rmtree(copy)
             weights: list[float] = []
             start = time.perf_counter()
@@ -156,7 +163,15 @@ def main() -> None:
                 llmprune.apply(plan, source, copy, quiet=True)
             whole = time.perf_counter() - start
             shutil.rmtree(copy)
-            rounds.append({"cp": copying, "weights": weights[0], "whole": whole})
+            rounds.append(
+                {
+                    "cp": copying,
+                    "weights": weights[0],
+                    "whole": whole,
+                    "cp, CPU": copying_cpu,
+                    "weights, CPU": weights[1],
+                }
+            )
             print({name: round(value, 2) for name, value in rounds[-1].items()}, flush=True)
         plan.save(place / "plan.json")
         words = [

@@ -36,6 +36,7 @@ def check_choice(
     protect_last: int | None = None,
     round_to: int | str = 1,
     norms: str = "rescaled",
+    tp: int = 1,
 ) -> None:
     """Refuse what :func:`llmprune.plan` refuses of these arguments for any graph.
 
@@ -47,6 +48,7 @@ def check_choice(
         protect_last: layers left whole at the end.
         round_to: kept FFN channels per layer are a multiple of this, or ``auto``.
         norms: what a norm becomes that loses positions.
+        tp: devices that a layer is to be split over.
 
     Raises:
         InputError: an argument outside its domain.
@@ -72,6 +74,7 @@ def check_choice(
         ("protect_first", protect_first, 0),
         ("protect_last", protect_last, 0),
         ("round_to", 1 if round_to == "auto" else round_to, 1),
+        ("tp", tp, 1),
     ):
         if value is not None and (not isinstance(value, int) or value < least):
             other = " or 'auto'" if name == "round_to" else ""

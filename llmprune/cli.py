@@ -150,6 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--protect-last", type=int, metavar="N", help="layers left whole at the end (2 of 32)")
     prune.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="keep numbers of key-value heads and FFN channels that N devices can share evenly (%(default)s)",
+    )
+    prune.add_argument(
         "--round-to",
         type=multiple_argument,
         default=1,
@@ -261,6 +268,7 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
         protect_first=options.protect_first,
         protect_last=options.protect_last,
         round_to=options.round_to,
+        tp=options.tp,
         norms=options.norms,
     )
     check_file(options.calibration, "calibration file")
@@ -299,6 +307,7 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
         protect_first=options.protect_first,
         protect_last=options.protect_last,
         round_to=options.round_to,
+        tp=options.tp,
         norms=options.norms,
         **goals,
         context=options.context,

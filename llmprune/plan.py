@@ -33,6 +33,7 @@ from llmprune.selection import (
     Checked,
     check_removed,
     check_scores,
+    check_split,
     choose,
     closed,
     extend,
@@ -230,6 +231,7 @@ def plan(
     protect_first: int | None = None,
     protect_last: int | None = None,
     round_to: int | str = 1,
+    tp: int = 1,
     scope: str | None = None,
     seed: int = 0,
     norms: str = "rescaled",
@@ -265,6 +267,8 @@ def plan(
         protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32, and
             is 0 with ``global`` and scores in units of the loss, which say themselves what a layer is worth.
         protect_last: layers left whole at its end; None scales the paper's 2 of 32, or is 0 likewise.
+        tp: devices that tensor parallelism is to split each layer over: numbers of key-value heads and of FFN channels
+            that stay are multiples of it in every layer, or the plan is refused.
         round_to: kept FFN channels per layer must be a multiple of this; ``auto`` takes the one that is fast on this
             machine (:func:`llmprune.request.fast_multiple`).
         scope: path of a module, or the end of just one (``vision_tower``); only axes all of whose parameters lie under
@@ -324,6 +328,7 @@ def plan(
             protect_last=protect_last,
             round_to=round_to,
             norms=norms,
+            tp=tp,
         )
         if round_to == "auto":
             round_to = fast_multiple(graph)
@@ -338,6 +343,7 @@ def plan(
             "protect_first": protect_first,
             "protect_last": protect_last,
             "round_to": round_to,
+            **({"tp": tp} if tp > 1 else {}),
             "scope": resolve(graph.parameters, scope) if scope else None,
         }
         if scores is None:
@@ -352,6 +358,8 @@ def plan(
     layers, parts = split(drops)
     prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
     graph.check_choices(counts)
+    if tp > 1:
+        check_split(graph, counts, drops, tp)
     final = {
         axis: extend(axes[axis], wanted.get(axis), count, checked) for axis, count in sorted(counts.items())
     }

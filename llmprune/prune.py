@@ -153,6 +153,7 @@ def prune(
     protect_first: int | None = None,
     protect_last: int | None = None,
     round_to: int | str = 1,
+    tp: int = 1,
     scope: str | None = None,
     seed: int = 0,
     norms: str = "rescaled",
@@ -193,6 +194,7 @@ def prune(
         allocation: ``auto``, ``uniform`` or ``global``, as for :func:`llmprune.plan`.
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
+        tp: devices that tensor parallelism is to split each layer over, as for :func:`llmprune.plan`.
         round_to: kept FFN channels per layer are a multiple of this; ``auto`` takes what is fast on this machine.
         scope: path of a module, or the end of just one (``vision_tower``); only what lies under it may give.
         seed: of the importance ``random``.
@@ -250,6 +252,7 @@ def prune(
         protect_last=protect_last,
         round_to=round_to,
         norms=norms,
+        tp=tp,
     )
     clock = Stages(announcer(quiet)) if stages is None else stages
     bytes_before = model_bytes(model)
@@ -285,6 +288,7 @@ def prune(
             protect_first=protect_first,
             protect_last=protect_last,
             round_to=round_to,
+            tp=tp,
             scope=scope,
             seed=seed,
             norms=norms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
+
+SPLIT = ("head", "ffn")
+"""Kinds of axes along which tensor parallelism splits layers: key-value heads (query heads go along) and channels."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,7 @@ def reach(
             "protect_first and protect_last": {"protect_first": 0, "protect_last": 0},
             "scope": {"scope": None},
             "round_to": {"round_to": 1},
+            "tp": {"tp": 1},
             "kinds": {"kinds": [kind for kind in KINDS if kind in options["kinds"] or kind not in DEPTHS]},
         }
         relaxed = {name: _floor(weighed, system, scores, {**options, **new}) for name, new in loose.items()}
@@ -263,6 +268,29 @@ def _indices(found: Sequence[Candidate], counts: Mapping[int, int]) -> dict[int,
     return {c.axis: c.choose(counts[c.axis]) for c in found if counts.get(c.axis)}
 
 
+def check_split(graph: Graph, counts: Mapping[int, int], drops: Sequence[Drop | Part], tp: int) -> None:
+    """Raise PlanError unless what is left of every axis of :data:`SPLIT` can be shared out evenly.
+
+    Args:
+        graph: the graph.
+        counts: axis id -> removed indices.
+        drops: blocks that go.
+        tp: devices to share them out to.
+    """
+    prefixes = tuple(prefix for drop in drops for prefix in drop.prefixes)
+    for axis in graph.axes:
+        if axis.kind not in SPLIT or not axis.prunable or (prefixes and inside(axis, prefixes)):
+            continue
+        left = axis.size - counts.get(axis.id, 0)
+        if left % tp:
+            nearest = left // tp * tp
+            raise PlanError(
+                f"{describe(axis)} would keep {left}, which {tp} devices cannot share evenly: "
+                + (f"remove {left - nearest} more" if nearest else f"it takes {tp} at least")
+                + " or choose a smaller tp"
+            )
+
+
 def _candidates(
     graph: Graph, scores: Checked, options: Mapping[str, Any], drops: Sequence[Drop | Part] = ()
 ) -> list[Candidate]:
@@ -292,6 +320,8 @@ def _candidates(
                 f"{describe(axis)} has no scores: score the same graph, with this kind among its axes"
             )
         multiple = options["round_to"] if axis.kind == "ffn" else 1
+        if axis.kind in SPLIT:
+            multiple = math.lcm(multiple, options.get("tp", 1))
         # What something normalises over is cut alike everywhere.
         nested = None if axis.marks else scores.nested.get(axis.id)
         ranked = scores.flat[axis.id] if nested is None else np.sort(nested, axis=1).sum(0)
