@@ -1,4 +1,4 @@
-"""The command line: ``llmprune prune | score | trace | verify | apply | recover | evaluate | sweep | report | doctor``.
+"""The command line: ``llmprune COMMAND``; ``llmprune --help`` lists the commands.
 
 Results go to stdout, progress and errors to stderr. Exit code 0: done; 1: the reader of stdout has gone; 2: an error
 that one sentence on stderr names; 130: interrupted by Ctrl-C, with no file left behind.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
-from llmprune.commands import apply, evaluate, recover, sweep
+from llmprune.commands import apply, evaluate, recover, reproduce, sweep
 from llmprune.commands import report as report_command
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
@@ -210,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.register(commands)
     sweep.register(commands)
     report_command.register(commands)
+    reproduce.register(commands)
 
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
     doctor.add_argument("--json", action="store_true", help="print JSON")

@@ -212,6 +212,22 @@ def loaded(model: Any, tokenizer: Any, clock: Stages) -> tuple[Any, Any]:
         return load_model(model), load_tokenizer(model) if tokenizer is None else tokenizer
 
 
+def place(model: Any, device: str | None) -> Any:
+    """The model on the device that was named, or on a GPU where there is one.
+
+    Raises:
+        InputError: there is no such device, or no room on it.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the model cannot be put on the device {name!r} ({reason}): choose another"
+        ) from error
+
+
 def _score(
     result: Evaluation,
     model: Any,

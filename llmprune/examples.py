@@ -113,11 +113,12 @@ def load_data(
         raise InputError(f"unknown loss_on {loss_on!r}: there are {', '.join(LOSSES)}")
     if cutoff < 2:
         raise InputError(f"a cutoff of {cutoff} tokens leaves nothing to foretell: 2 is the least")
-    records, held, name, hashed = _read(source)
+    records, held, name, hashed = read_records(source)
     if rows is not None:
         if rows < 1:
             raise InputError(f"{rows} rows were asked for: 1 is the least")
-        records = random.Random(seed).sample(records, min(rows, len(records)))
+        if rows < len(records):
+            records = random.Random(seed).sample(records, rows)
     encoder = _Encoder(tokenizer, cutoff, loss_on, eos, name)
     train, dropped = encoder.all(records)
     if not train:
@@ -226,8 +227,8 @@ class _Encoder:
         return [Example(ids, [IGNORED] * first + ids[first:])]
 
 
-def _read(source: Any) -> tuple[list[Any], list[Any] | None, str, str]:
-    """Records, records to validate on (or None), the source's name, and its hash."""
+def read_records(source: Any) -> tuple[list[Any], list[Any] | None, str, str]:
+    """Of a source as :func:`load_data` takes it: records, those to validate on (or None), its name, and its hash."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if path.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from llmprune.errors import CheckpointError, InputError, RecoveryError
 from llmprune.examples import CUTOFF, Data, load_data
 from llmprune.perplexity import positions
 from llmprune.stages import Stages
-from llmprune.workfolder import WorkFolder, is_full
+from llmprune.workfolder import WorkFolder, is_full, signature
 from llmprune.wrapped import on_uncompiled
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def recover(
     seed: int = 0,
     work: str | Path | None = None,
     restart: bool = False,
+    watch: Callable[[Any], Mapping[str, float]] | None = None,
     quiet: bool | None = None,
     stages: Stages | None = None,
 ) -> Recovery:
@@ -180,6 +181,7 @@ def recover(
         seed: of the split, the order, the adapters and dropout.
         work: folder for checkpoints.
         restart: begin anew where ``work`` holds another run.
+        watch: called with the model at each validation; the figures it returns enter the curve.
         quiet: show no progress; None shows it on a terminal only.
         stages: an existing stage clock to add to.
 
@@ -257,9 +259,9 @@ def recover(
         paths = [] if method == "full" else list(targets) if targets is not None else linear_maps(model)
     settings["targets"] = None if targets is None else paths
     place = WorkFolder(
-        work, output, state, {**settings, "data": data.hash, "model": _signature(model)}, restart
+        work, output, state, {**settings, "data": data.hash, "model": signature(model)}, restart
     )
-    run = _Run(model, tokenizer, data, settings, paths, place, clock, announcer(quiet) is not None)
+    run = _Run(model, tokenizer, data, settings, paths, place, clock, announcer(quiet) is not None, watch)
     result = run.train(teacher)
     result.notes += (
         [] if not data.dropped else [f"{data.dropped} of {data.rows} rows had nothing to learn from"]
@@ -379,17 +381,6 @@ def _check_vocabulary(model: Any, data: Data) -> None:
         )
 
 
-def _signature(model: nn.Module) -> str:
-    """Identifies a model by its weights' names, sizes and a few of their values."""
-    import hashlib
-
-    sha = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        head = tensor.detach().reshape(-1)[:16].float().cpu().numpy().tobytes()
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + head)
-    return sha.hexdigest()
-
-
 @dataclass
 class _Run:
     """One training: the model is wrapped, trained, and either merged or put back as it was."""
@@ -402,6 +393,7 @@ class _Run:
     work: WorkFolder
     clock: Stages
     show: bool
+    watch: Callable[[Any], Mapping[str, float]] | None = None
     wrapped: Any = None
 
     def train(self, teacher: Any) -> Recovery:
@@ -478,7 +470,7 @@ class _Run:
         from transformers import EarlyStoppingCallback, TrainingArguments
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-        from llmprune.training import Collator, Examples, Guard, Progress, Recoverer
+        from llmprune.training import Collator, Examples, Guard, Progress, Recoverer, Watch
 
         settings, data = self.settings, self.data
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -537,6 +529,8 @@ class _Run:
             self.model.get_input_embeddings().weight.shape[0], snapshots=settings["method"] != "full"
         )
         callbacks = [guard, *([Progress()] if self.show else [])]
+        if self.watch is not None:
+            callbacks.append(Watch(self.watch))
         if settings["patience"] is not None:
             callbacks.append(EarlyStoppingCallback(settings["patience"]))
         trainer = Recoverer(
@@ -635,7 +629,11 @@ class _Run:
     def _result(self, trainer: Any, guard: Any) -> Recovery:
         names = {"loss": "loss", "eval_loss": "validation_loss", "learning_rate": "learning_rate"}
         curve = [
-            {"step": entry["step"], **{new: float(entry[old]) for old, new in names.items() if old in entry}}
+            {
+                "step": entry["step"],
+                **{new: float(entry[old]) for old, new in names.items() if old in entry},
+                **entry.get("watched", {}),
+            }
             for entry in trainer.state.log_history
             if "loss" in entry or "eval_loss" in entry
         ]

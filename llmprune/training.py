@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,24 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Close it."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Watch(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Writes further figures beside each validation loss.
+
+    Args:
+        figures: called with the model; what it returns is kept as JSON with the trainer's history.
+    """
+
+    def __init__(self, figures: Callable[[Any], Mapping[str, float]]) -> None:
+        self._figures = figures
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for them."""
+        if state.is_world_process_zero:
+            found = {name: float(value) for name, value in self._figures(kwargs["model"]).items()}
+            entry = next(e for e in reversed(state.log_history) if "eval_loss" in e)
+            entry["watched"] = found
 
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

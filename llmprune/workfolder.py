@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from llmprune.atomic import write_file
 from llmprune.errors import CheckpointError, InputError
@@ -89,3 +92,12 @@ def is_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def signature(model: nn.Module) -> str:
+    """Identifies a model by its weights' names, sizes and a few of their values."""
+    sha = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        head = tensor.detach().reshape(-1)[:16].float().cpu().numpy().tobytes()
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + head)
+    return sha.hexdigest()

@@ -79,7 +79,7 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from llmprune.evaluate import evaluate
+    from llmprune.evaluate import evaluate, place
     from llmprune.prune import announcer
     from llmprune.stages import Stages
 
@@ -112,19 +112,3 @@ def _run(options: argparse.Namespace) -> None:
         print_json(figures)
     else:
         print(result)
-
-
-def place(model: Any, device: str | None) -> Any:
-    """The model on the device that was named, or on a GPU where there is one."""
-    import torch
-
-    from llmprune.errors import InputError
-
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(torch.device(name))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the model cannot be put on the device {name!r} ({reason}): choose another"
-        ) from error
