@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmprune.atomic import write_file
+from llmprune.drawings import check_matplotlib
 from llmprune.errors import InputError
+from llmprune.logbook import record
+from llmprune.pages import report
 from llmprune.stages import Stages
 from llmprune.zeroshot import PAPER
 
@@ -223,7 +228,8 @@ def reproduce(
         preset: one of :data:`PRESETS`.
         model: folder of the unpruned model.
         data: folder with the data (:class:`Sources`).
-        output: folder for the results: ``table.json``, ``table.md``, plots of the experiments, and a file a row.
+        output: folder for the results: ``table.json``, ``table.md``, plots of the experiments, a file and a run for
+            each row, and :func:`llmprune.pages.report` on these.
         rows: names of rows to measure; None takes all of :data:`ROWS`.
         also: name -> folder of further models to stand in the table (others of the same size, a distilled one).
         experiments: whether to measure perplexity over recovery steps and over the amount of recovery data too.
@@ -235,7 +241,8 @@ def reproduce(
         quiet: show no progress; None shows it on a terminal only.
 
     Raises:
-        InputError: an unknown preset or row, data that is not there, or an output folder of other settings.
+        InputError: an unknown preset or row, data that is not there, or an output folder of other settings,
+            or matplotlib is missing.
         LlmpruneError: what the single steps raise.
     """
     from llmprune.prune import announcer
@@ -246,6 +253,7 @@ def reproduce(
     for name in rows or ():
         if name not in known:
             raise InputError(f"unknown row {name!r}: there are {', '.join(known)}")
+    check_matplotlib()
     sources = Sources.find(data)
     bench = _Bench(
         Path(model),
@@ -316,12 +324,17 @@ class _Bench:
 
     def row(self, row: Row) -> dict[str, Any]:
         """One row of the table."""
-        return self._kept(f"rows/{row.name.replace(' ', '_')}", lambda: self._measure(row))
+        return self._kept(f"rows/{_slug(row.name)}", lambda: self._measure(row))
 
     def given(self, name: str, folder: Path) -> dict[str, Any]:
         """A row of a model as it is."""
-        safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
-        return self._kept(f"rows/given_{safe}", lambda: {"evaluation": self._judge(*self._load(folder))})
+
+        def measure() -> dict[str, Any]:
+            found = {"evaluation": self._judge(*self._load(folder))}
+            self._note(f"given {name}", found)
+            return found
+
+        return self._kept(f"rows/{_slug(f'given {name}')}", measure)
 
     def steps(self) -> list[dict[str, float]]:
         """Perplexity on the texts over recovery steps, at each validation of a tuned element1."""
@@ -352,7 +365,7 @@ class _Bench:
         return [self._kept(f"amount_{a}", lambda a=a: measure(a)) for a in chosen]  # type: ignore[misc]
 
     def publish(self, result: Reproduction) -> None:
-        """Write table and plots."""
+        """Write table, plots and report."""
         content = {
             "preset": result.preset,
             "rows": result.rows,
@@ -367,6 +380,8 @@ class _Bench:
         ):
             if entries:
                 _plot(self.output / f"{name}.png", entries, x, label, list(self.sources.texts))
+        runs = [self.output / "runs" / path.stem for path in sorted((self.output / "rows").glob("*.json"))]
+        report(runs, self.output)
 
     def _kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the file of this name holds, or what is measured now."""
@@ -412,8 +427,22 @@ class _Bench:
 
     def _measure(self, row: Row) -> dict[str, Any]:
         model, tokenizer, pruning = self._pruned(row)
-        recovery = self._tune(model, tokenizer, row.name.replace(" ", "_")) if row.tuned else None
-        return {"evaluation": self._judge(model, tokenizer), "pruning": pruning, "recovery": recovery}
+        recovery = self._tune(model, tokenizer, _slug(row.name)) if row.tuned else None
+        found = {"evaluation": self._judge(model, tokenizer), "pruning": pruning, "recovery": recovery}
+        self._note(row.name, found)
+        return found
+
+    def _note(self, name: str, found: Mapping[str, Any]) -> None:
+        """Make the row a run of its own, for the report."""
+        folder = self.output / "runs" / _slug(name)
+        shutil.rmtree(folder, ignore_errors=True)  # of a row that was stopped in the middle
+        for part, command, data in (
+            ("pruning", "prune", [self.sources.calibration]),
+            ("recovery", "recover", [self.sources.instruct]),
+            ("evaluation", "evaluate", list(self.sources.texts.values())),
+        ):
+            if found.get(part) is not None:
+                record(folder, command, found[part], seed=self.seed, data=data)
 
     def _tune(self, model: Any, tokenizer: Any, name: str, **options: Any) -> dict[str, Any]:
         from llmprune.recover import recover
@@ -456,15 +485,15 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in name)
+
+
 def _plot(
     file: Path, entries: Sequence[Mapping[str, float]], x: str, label: str, series: Sequence[str]
 ) -> None:
-    """A line for each series over ``x``; nothing where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    import io
+    """A line for each series over ``x``."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

@@ -83,4 +83,4 @@ def _run(options: argparse.Namespace) -> None:
         )
     else:
         print(result)
-        print(f"\nresults: {result.output}/table.md, table.json")
+        print(f"\nresults: {result.output}/table.md, table.json, report.html")

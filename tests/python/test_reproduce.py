@@ -92,6 +92,10 @@ def test_the_table_and_the_experiments(
     for name in ("steps.png", "amounts.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not list(out.glob("*.training"))
+    page = (out / "report.html").read_text()
+    assert all(name.replace(" ", "_") in page for name in rows)
+    noted = json.loads((out / "runs" / "element1_tuned" / "run.json").read_text())["entries"]
+    assert [entry["command"] for entry in noted] == ["prune", "recover", "evaluate"]
 
     # Another call measures nothing that is there, and only what is not.
     (out / "rows" / "l2.json").unlink()
