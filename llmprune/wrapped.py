@@ -150,7 +150,8 @@ def check_present(model: nn.Module) -> None:
             if tensor.is_meta:
                 raise InputError(
                     f"{path + '.' if path else ''}{name} is offloaded by a device_map, so there is nothing to cut or "
-                    "measure: load the model whole (from_pretrained without device_map, or device_map='cpu')"
+                    "measure: load the model whole (from_pretrained without device_map, or device_map='cpu'), or leave "
+                    "it in its folder (llmprune.score(FOLDER, ..., stream=True), then llmprune.apply)"
                 )
 
 

@@ -177,6 +177,18 @@ def test_buffers_of_the_checkpoint_come_along(tmp_path: Path) -> None:
     check_alike(tmp_path / "model", plan, tmp_path)
 
 
+def test_a_model_left_on_the_disk_is_scored_planned_and_pruned_there(tmp_path: Path) -> None:
+    """The whole way without its weights in memory ends in the folder that the way with them ends in."""
+    build("llama_gqa").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    ids = torch.randint(3, 61, (4, 12), generator=torch.Generator().manual_seed(0))
+    model = llmprune.open_model(tmp_path / "model")
+    graph = llmprune.trace(model)
+    scores = llmprune.score(model, graph, ids, "element2", stream=True, quiet=True)
+    plan = llmprune.plan(graph, scores, ratio={"ffn": 0.2, "head": 0.34}, protect_first=0, protect_last=0)
+    assert {summary["kind"] for summary in plan.axes.values()} == {"ffn", "head"}
+    check_alike(tmp_path / "model", plan, tmp_path)
+
+
 LITTLE = """
 import sys, resource
 from llmprune.apply import apply
