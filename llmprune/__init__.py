@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from llmprune.request import measure_request
     from llmprune.rules import Registration, register_rule
     from llmprune.score import Scores, score
+    from llmprune.search import search
+    from llmprune.sensitivity import sensitivity
     from llmprune.stored import open_model
     from llmprune.trace import trace
     from llmprune.verify import Verification, verify
@@ -65,6 +67,8 @@ __all__ = [
     "register_rule",
     "save_pretrained",
     "score",
+    "search",
+    "sensitivity",
     "trace",
     "verify",
 ]
@@ -94,6 +98,8 @@ _HOME = {
     "register_rule": "rules",
     "save_pretrained": "checkpoint",
     "score": "score",
+    "search": "search",
+    "sensitivity": "sensitivity",
     "trace": "trace",
     "verify": "verify",
 }

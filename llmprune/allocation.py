@@ -34,8 +34,9 @@ Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 Layer = tuple[str, int]
 
-ALLOCATIONS = ("auto", "uniform", "global")
-"""``auto`` is ``global`` of scores in units of the loss, and ``uniform`` of others."""
+ALLOCATIONS = ("auto", "uniform", "global", "sensitivity", "search")
+"""``auto`` is ``global`` of scores in units of the loss, and ``uniform`` of others. ``sensitivity`` is ``global`` of
+measured scores (:mod:`llmprune.sensitivity`), and ``search`` goes on from ``auto`` (:mod:`llmprune.search`)."""
 
 
 def rank(scores: Array) -> Indices:

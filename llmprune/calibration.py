@@ -19,7 +19,7 @@ SAMPLES = 10
 """Samples taken from texts unless asked otherwise (the paper's code)."""
 LENGTH = 64
 """Tokens per sample taken from texts unless asked otherwise (the paper's code)."""
-LONG_SAMPLES, LONG_LENGTH = 32, 128
+LONG_SAMPLES, LONG_LENGTH = 16, 128
 """The same for what is fitted to activations, which takes more of them than gradients do."""
 
 

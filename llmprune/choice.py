@@ -62,6 +62,11 @@ def check_choice(
         raise InputError(f"ratio must be a number, or a mapping from kinds to numbers, not {ratio!r}")
     elif ratio is not None and not 0 < ratio < 1:
         raise InputError(f"ratio must lie strictly between 0 and 1, not {ratio}")
+    if isinstance(ratio, Mapping) and allocation in ("sensitivity", "search"):
+        raise InputError(
+            f"allocation {allocation!r} shares out a budget of parameters, but shares of each kind leave nothing to "
+            "share out: give one ratio"
+        )
     if allocation not in ALLOCATIONS:
         raise InputError(f"unknown allocation {allocation!r}: there are {', '.join(ALLOCATIONS)}")
     if not isinstance(ratio, Mapping) and "layer" in kinds and set(kinds) & set(PARTS):

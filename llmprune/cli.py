@@ -112,18 +112,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument(
         "--importance",
-        default="element1",
-        help="element1 element2 vector obs fluctuation activation l1 l2 random, or block_influence for "
-        "--kinds layer, attention or feedforward (%(default)s)",
+        default="auto",
+        help="obs fluctuation activation element1 element2 vector l1 l2 random, or block_influence for --kinds layer, "
+        "attention or feedforward; auto: obs, or element1 for such kinds (%(default)s)",
     )
     prune.add_argument("--aggregation", default="sum", help="sum max product last (%(default)s)")
     prune.add_argument(
         "--calibration", type=path_argument, metavar="FILE", help=".txt or .jsonl to score the groups on"
     )
-    prune.add_argument(
-        "--samples", type=int, help="calibration samples (10; 32 for obs, fluctuation, activation)"
-    )
-    prune.add_argument("--length", type=int, help="tokens in each (64; 128 for those)")
+    prune.add_argument("--samples", type=int, help="calibration samples (16; 10 for gradients' importances)")
+    prune.add_argument("--length", type=int, help="tokens in each (128; 64 for those)")
     prune.add_argument(
         "--output",
         type=path_argument,
@@ -144,7 +142,22 @@ def _parser() -> argparse.ArgumentParser:
         default=("head", "ffn"),
         help="kinds of axes to prune; layer drops whole layers, attention and feedforward these alone (head,ffn)",
     )
-    prune.add_argument("--allocation", default="auto", help="auto, uniform or global (%(default)s)")
+    prune.add_argument(
+        "--allocation", default="auto", help="auto uniform global sensitivity search (%(default)s)"
+    )
+    prune.add_argument(
+        "--search-seconds", type=float, default=60.0, metavar="S", help="how long to search (%(default)s)"
+    )
+    prune.add_argument(
+        "--search-state",
+        type=path_argument,
+        metavar="FILE",
+        help="state of the search, written and gone on from",
+    )
+    prune.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="choose in rounds, with new scores before each"
+    )
+    prune.add_argument("--schedule", default="linear", help="of the rounds: linear or cubic (%(default)s)")
     prune.add_argument(
         "--protect-first", type=int, metavar="N", help="layers left whole at the start (4 of 32)"
     )
@@ -242,8 +255,9 @@ def _prune(options: argparse.Namespace) -> None:
 
 def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     from llmprune.choice import check_choice
+    from llmprune.importance import lookup
     from llmprune.prune import announcer, check_options, prune, save
-    from llmprune.sampling import calibration_for
+    from llmprune.sampling import best_importance, calibration_for
     from llmprune.score import check_scoring
     from llmprune.stages import Stages
     from llmprune.stored import must_stream
@@ -261,7 +275,8 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     target = target_of(options.context, options.batch, options.new_tokens, **goals)
     options.ratio = ratio_of(options.ratio, target)
     wanted = tuple(options.ratio) if isinstance(options.ratio, dict) else options.kinds
-    check_scoring(options.importance, options.aggregation, options.calibration, wanted)
+    importance = best_importance(options.importance, wanted, ranks is None)
+    check_scoring(importance, options.aggregation, options.calibration, wanted)
     check_choice(
         options.ratio,
         kinds=options.kinds,
@@ -293,8 +308,10 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
         )
     if options.calibration is not None:
         calibration = calibration_for(
-            options.importance, model, options.calibration, tokenizer, options.samples, options.length
+            importance, model, options.calibration, tokenizer, options.samples, options.length
         )
+        if lookup(importance).sort == "inputs" and options.repair_calibration is None:
+            repair_text = None  # the same samples
     before = _judge(model, tokenizer, text, options.generate, clock, "before")
     report = prune(
         model,
@@ -311,6 +328,10 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
         tp=options.tp,
         norms=options.norms,
         **goals,
+        rounds=options.rounds,
+        schedule=options.schedule,
+        search_seconds=options.search_seconds,
+        search_state=options.search_state,
         context=options.context,
         batch=options.batch,
         new_tokens=options.new_tokens,

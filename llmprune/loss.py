@@ -8,6 +8,7 @@ are fused: slices of its rows, an online logsumexp forward, the same slices agai
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -78,6 +79,11 @@ def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
     counted = (labels != -100).reshape(len(labels), -1)
     return losses.view(len(labels), -1).sum(1) / counted.sum(1).clamp(min=1)
+
+
+log = logging.getLogger(__name__)
+
+_SKETCH_TOKENS = 8
 
 
 class SampleLosses:
@@ -185,6 +191,25 @@ class SampleLosses:
         finite = torch.isfinite(first) & torch.isfinite(second)
         gap = torch.where(finite, (first - second).abs(), 0.0)
         return float(gap.max()) <= tolerance * float(torch.where(finite, first.abs(), 0.0).max())
+
+
+def loss_of(model: nn.Module, loss: UserLoss | None, batch: Batch) -> SampleLosses | None:
+    """The loss of the samples; None for a model that has none of its own.
+
+    Raises:
+        InputError: the user's loss does not apply.
+    """
+    try:
+        losses_of = SampleLosses(model, loss, batch)
+        sketch = batch.sketch(_SKETCH_TOKENS)
+        losses_of.find_shift(sketch)
+        losses_of.check_causal(sketch)
+    except InputError as error:
+        if loss is not None:
+            raise
+        log.info("no loss of its own: %s", error)
+        return None
+    return losses_of
 
 
 def check_losses(losses: torch.Tensor, first: int = 0) -> None:

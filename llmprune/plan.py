@@ -263,7 +263,8 @@ def plan(
         kinds: kinds of axes that may give.
         allocation: ``uniform`` (every axis loses the same share) or ``global`` (ranked across layers and kinds by
             score per parameter; the formula is in :mod:`llmprune.allocation`). ``auto``: ``global`` where the scores
-            are in units of the loss (of ``obs``), else ``uniform``.
+            are in units of the loss (of ``obs``), else ``uniform``. ``sensitivity``: ``global`` by what
+            :func:`llmprune.sensitivity` measured. ``search`` is where :func:`llmprune.search` begins, like ``auto``.
         protect_first: layers left whole at the start of each stack of layers; None scales the paper's 4 of 32, and
             is 0 with ``global`` and scores in units of the loss, which say themselves what a layer is worth.
         protect_last: layers left whole at its end; None scales the paper's 2 of 32, or is 0 likewise.
@@ -332,9 +333,14 @@ def plan(
         )
         if round_to == "auto":
             round_to = fast_multiple(graph)
-        if allocation == "auto":
+        if allocation == "sensitivity" and not checked.curves:
+            raise InputError(
+                "allocation by sensitivity needs measured scores, which "
+                "llmprune.sensitivity(model, graph, scores, calibration) makes"
+            )
+        if allocation in ("auto", "search"):  # a search begins there
             allocation = "global" if checked.comparable else "uniform"
-        if allocation == "global" and checked.comparable and not isinstance(ratio, Mapping):
+        if allocation in ("global", "sensitivity") and checked.comparable and not isinstance(ratio, Mapping):
             protect_first, protect_last = protect_first or 0, protect_last or 0
         options |= {
             "ratio": dict(ratio) if isinstance(ratio, Mapping) else None if ratio is None else float(ratio),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmprune.ranks import Ranks
     from llmprune.repair import Repair
     from llmprune.request import Request
+    from llmprune.score import Scores
     from llmprune.verify import Verification
 
 REPAIRS = ("auto", "ls", "none")
@@ -145,7 +146,7 @@ def prune(
     tokenizer: Any = None,
     ratio: float | Mapping[str, float] | None = None,
     calibration: Any = None,
-    importance: str = "element1",
+    importance: str = "auto",
     aggregation: str = "sum",
     *,
     kinds: Sequence[str] = ("head", "ffn"),
@@ -161,6 +162,10 @@ def prune(
     memory: float | str | None = None,
     macs: float | str | None = None,
     latency: float | str | None = None,
+    rounds: int = 1,
+    schedule: str = "linear",
+    search_seconds: float = 60.0,
+    search_state: str | Path | None = None,
     context: int | None = None,
     batch: int | None = None,
     new_tokens: int | None = None,
@@ -186,12 +191,15 @@ def prune(
         ratio: share of the parameters to remove, or kind -> share of that kind's groups in every layer; 0.2 where no
             target is given in its place.
         calibration: as for :func:`llmprune.score`; not needed for ``l1``, ``l2`` and ``random``.
-        importance: ``vector``, ``element1``, ``element2``, ``obs``, ``fluctuation``, ``activation``, ``l1``, ``l2``,
+        importance: ``auto``: ``obs``, the best there is with repair, or ``element1`` where layers or parts of them may
+            go, or where something has no consumer that ``obs`` could be read off. Or
+            ``vector``, ``element1``, ``element2``, ``obs``, ``fluctuation``, ``activation``, ``l1``, ``l2``,
             ``random``, or ``block_influence`` (with ``kinds=("layer",)`` and parts of layers).
         aggregation: ``sum``, ``max``, ``product`` or ``last``, over the members of a group.
         kinds: kinds of axes that may give; ``layer`` for whole layers, ``attention`` and ``feedforward`` for these
             parts of layers alone.
-        allocation: ``auto``, ``uniform`` or ``global``, as for :func:`llmprune.plan`.
+        allocation: ``auto``, ``uniform`` or ``global``, as for :func:`llmprune.plan`; ``sensitivity``, measured first
+            (:func:`llmprune.sensitivity`); or ``search``, from where ``auto`` ends (:func:`llmprune.search`).
         protect_first: layers left whole at the start; None scales the paper's 4 of 32.
         protect_last: layers left whole at the end; None scales the paper's 2 of 32.
         tp: devices that tensor parallelism is to split each layer over, as for :func:`llmprune.plan`.
@@ -206,11 +214,15 @@ def prune(
         context: for ``memory``, tokens of each sequence in the cache; for ``latency``, of the prompt.
         batch: for these two, sequences.
         new_tokens: for ``latency``, steps after the prompt.
+        rounds: in how many rounds to choose, with new scores before each (:mod:`llmprune.iterative`).
+        schedule: of the rounds, ``linear`` or ``cubic``.
+        search_seconds: how long to search.
+        search_state: file that a search writes after each step and goes on from.
         inputs: as for :func:`llmprune.trace`.
         repair: ``ls`` gives what stays new weights by least squares (:mod:`llmprune.repair`), ``none`` leaves them;
             ``auto`` is ``ls`` wherever there are calibration data.
         repair_calibration: calibration of the repair, in any form that ``calibration`` has; None takes that, of texts
-            32 samples of 128 tokens. More is better: ten tokens for each input of the widest layer.
+            16 samples of 128 tokens. More is better: ten tokens for each input of the widest layer.
         verify: whether to compare with the masked reference first.
         output: folder to write; it must not exist unless ``overwrite``.
         overwrite: whether ``output`` may be replaced.
@@ -229,11 +241,15 @@ def prune(
     """
     from llmprune.choice import check_choice
     from llmprune.compact import compact
+    from llmprune.importance import lookup
+    from llmprune.iterative import check_rounds, chosen, shares
     from llmprune.plan import plan as make_plan
     from llmprune.repair import repair as repair_plan
-    from llmprune.request import fitting, measure_request
-    from llmprune.sampling import long_calibration
+    from llmprune.request import fast_multiple, fitting, measure_request
+    from llmprune.sampling import AUTO, best_importance, calibration_for, long_calibration
     from llmprune.score import check_scoring, score
+    from llmprune.search import search
+    from llmprune.sensitivity import sensitivity
     from llmprune.structure import structure
     from llmprune.targets import ratio_of, target_of
     from llmprune.trace import trace
@@ -243,6 +259,7 @@ def prune(
     target = target_of(context, batch, new_tokens, params=params, memory=memory, macs=macs, latency=latency)
     ratio = ratio_of(ratio, target)
     wanted = tuple(ratio) if isinstance(ratio, Mapping) else kinds
+    asked, importance = importance, best_importance(importance, wanted, ranks is None)
     check_scoring(importance, aggregation, calibration, wanted)
     check_choice(
         ratio,
@@ -254,6 +271,7 @@ def prune(
         norms=norms,
         tp=tp,
     )
+    check_rounds(rounds, schedule)
     clock = Stages(announcer(quiet)) if stages is None else stages
     bytes_before = model_bytes(model)
     with clock.stage("trace", "recording one forward pass"):
@@ -265,50 +283,99 @@ def prune(
         request = (context, target.batch, target.new_tokens)
         with clock.stage("latency before", "timing a request to the whole model"):
             measured = measure_request(model, *request)
+    if round_to == "auto":
+        round_to = fast_multiple(graph)
+    options: dict[str, Any] = {
+        "kinds": kinds,
+        "protect_first": protect_first,
+        "protect_last": protect_last,
+        "round_to": round_to,
+        "scope": scope,
+        "tp": tp,
+    }
+    goals: dict[str, Any] = {
+        "params": params,
+        "memory": memory,
+        "macs": macs,
+        "latency": latency,
+        "context": context,
+        "batch": batch,
+        "new_tokens": new_tokens,
+        "measured": measured,
+    }
+
+    def scored() -> Scores:
+        how: dict[str, Any] = {
+            "seed": seed,
+            "tokenizer": tokenizer,
+            "quiet": quiet,
+            "kinds": wanted,
+            "ranks": ranks,
+        }
+        return score(model, graph, calibration, importance, aggregation, **how)
+
     with clock.stage("score", f"scoring coupled groups by {importance}"):
-        scores = score(
-            model,
-            graph,
-            calibration,
-            importance,
-            aggregation,
-            seed=seed,
-            tokenizer=tokenizer,
-            quiet=quiet,
-            kinds=wanted,
-            ranks=ranks,
+        if lookup(importance).sort == "inputs":
+            calibration = calibration_for(
+                importance, model, calibration, tokenizer
+            )  # once, also for the repair
+        first = scored()
+        if asked == AUTO and any(
+            a.prunable and a.size > 1 and a.kind in wanted and a.id not in first for a in graph.axes
+        ):
+            importance = "element1"
+            first = scored()
+    data = None
+    if repair != "none" and (calibration is not None or repair_calibration is not None):
+        data = long_calibration(
+            model, calibration if repair_calibration is None else repair_calibration, tokenizer
         )
+    measuring = data
+    if allocation in ("sensitivity", "search") and measuring is None:
+        measuring = long_calibration(model, calibration, tokenizer)
+
+    def planned(scores: Scores, part: float | dict[str, float] | None) -> Plan:
+        asked_for = {"ratio": ratio, **goals} if part is None else {"ratio": part}
+        return make_plan(graph, scores, **asked_for, **options, allocation=allocation, seed=seed, norms=norms)
+
+    def weighed(scores: Scores) -> Scores:
+        if allocation != "sensitivity":
+            return scores
+        return sensitivity(model, graph, scores, measuring, repair=data is not None, quiet=quiet, **options)
+
+    if allocation == "sensitivity":
+        with clock.stage("sensitivity", "measuring what pruning each axis costs"):
+            first = weighed(first)
     with clock.stage("plan", "choosing what to remove"):
-        plan = make_plan(
-            graph,
-            scores,
+        scores, plan = chosen(
+            model,
             ratio,
-            kinds=kinds,
-            allocation=allocation,
-            protect_first=protect_first,
-            protect_last=protect_last,
-            round_to=round_to,
-            tp=tp,
-            scope=scope,
-            seed=seed,
-            norms=norms,
-            context=context,
-            batch=batch,
-            new_tokens=new_tokens,
-            params=params,
-            memory=memory,
-            macs=macs,
-            latency=latency,
-            measured=measured,
+            shares(rounds, schedule),
+            first,
+            lambda: weighed(scored()),
+            planned,
+            lambda plan: {} if data is None else repair_plan(model, plan, data).weights,
         )
+    if allocation == "search":
+        assert measuring is not None
+        with clock.stage("search", f"swapping parameters between axes for {search_seconds:.0f} s"):
+            plan = search(
+                model,
+                graph,
+                scores,
+                plan,
+                measuring,
+                seconds=search_seconds,
+                repair=data is not None,
+                seed=seed,
+                state=search_state,
+                quiet=quiet,
+            )
     if ranks is not None:
         ranks.agree({"plan": plan.digest()})
     repaired = None
-    if repair != "none" and (calibration is not None or repair_calibration is not None):
+    if data is not None:
         with clock.stage("repair", "fitting what stays to what goes, by least squares"):
-            data = long_calibration(
-                model, calibration if repair_calibration is None else repair_calibration, tokenizer
-            )
             repaired = repair_plan(model, plan, data)
     weights = None if repaired is None else repaired.weights
     verification = None

@@ -126,7 +126,9 @@ class Repair:
         }
 
 
-def repair(model: nn.Module, plan: Any, batch: Batch, *, order: str = "sequential") -> Repair:
+def repair(
+    model: nn.Module, plan: Any, batch: Batch, *, order: str = "sequential", judged: bool = True
+) -> Repair:
     """Fit the consumers of what ``plan`` removes; ``model`` is left as it was.
 
     Args:
@@ -134,6 +136,7 @@ def repair(model: nn.Module, plan: Any, batch: Batch, *, order: str = "sequentia
         plan: a :class:`llmprune.plan.Plan`.
         batch: calibration samples, at least two.
         order: ``sequential`` or ``one-shot``.
+        judged: whether the whole repair is dropped if the held-out loss does not fall.
 
     Returns:
         The :class:`Repair`; its weights go to :func:`llmprune.compact.compact`.
@@ -154,12 +157,12 @@ def repair(model: nn.Module, plan: Any, batch: Batch, *, order: str = "sequentia
     held = batch.samples - len(fitted)
     places = torch.tensor([*fitted, *sorted(set(range(batch.samples)) - set(fitted))])
     batch = Batch({name: t[places.to(t.device)] for name, t in batch.inputs.items()}, batch.hash)
-    judged = batch.take(len(fitted), batch.samples)
+    last = batch.take(len(fitted), batch.samples)
     # A loop over the experts multiplies by parts of their stacks, which can be told; other ways copy them first.
     with undisturbed(model), experts_computed_by("eager", model), torch.no_grad():
         work = _Repairer(model, plan, batch.samples, held)
         work.run(batch, order == "sequential")
-        loss = _judge(model, plan, work.repaired, judged) if work.repaired else None
+        loss = _judge(model, plan, work.repaired, last) if work.repaired and judged else None
     kept = bool(work.repaired) and (loss is None or loss[1] < loss[0])
     weights = {name: work.repaired[name] for name in sorted(work.repaired)} if kept else {}
     tokens = batch.take(0, len(fitted)).tokens
@@ -174,7 +177,7 @@ def repair(model: nn.Module, plan: Any, batch: Batch, *, order: str = "sequentia
         loss,
         kept,
     )
-    if found.warning is not None:
+    if judged and found.warning is not None:
         log.warning("%s", found.warning)
     return found
 

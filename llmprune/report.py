@@ -45,6 +45,16 @@ def _change(before: float, after: float) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
 
 
+def _ways(report: Report) -> str:
+    """How the groups were scored and the budget shared out."""
+    from llmprune.importance import lookup
+
+    ways = [report.aggregation] if lookup(report.importance).sort == "weights" else []
+    if report.plan.options.get("allocation") and not isinstance(report.ratio, dict):
+        ways.append(f"{report.plan.options['allocation']} allocation")
+    return f"{report.importance} ({', '.join(ways)})" if ways else report.importance
+
+
 def render(report: Report) -> str:
     """The closing table of a pruning."""
     before, after = report.before, report.after
@@ -78,7 +88,7 @@ def render(report: Report) -> str:
     stages = [["stage", "seconds", "peak memory"]]
     stages += [[stage.name, f"{stage.seconds:.2f}", memory(stage.peak)] for stage in report.stages]
     parts = [
-        f"{report.model} pruned by {report.importance} ({report.aggregation}): {report.removed:.2%} of its parameters "
+        f"{report.model} pruned by {_ways(report)}: {report.removed:.2%} of its parameters "
         f"removed, {_asked(report)} asked",
         table(rows),
         table(groups),
@@ -92,6 +102,11 @@ def render(report: Report) -> str:
         *report.notes,
         *unknown(report.unknown_operations),
         *([] if report.repair is None else [str(report.repair)]),
+        *(
+            [f"more text: {report.repair.warning}"]
+            if report.repair is not None and report.repair.warning
+            else []
+        ),
         *_latency_notes(report),
         verified,
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,20 @@ from torch import nn
 
 from llmprune.calibration import LENGTH, LONG_LENGTH, LONG_SAMPLES, SAMPLES, Batch, load_calibration
 from llmprune.importance import lookup
+from llmprune.layer_choice import DEPTHS
 from llmprune.loss import config_value
+
+AUTO = "auto"
+
+
+def best_importance(name: str, kinds: Sequence[str], alone: bool = True) -> str:
+    """What ``auto`` stands for: ``obs``, which with repair is the best of all, or ``element1`` where layers go.
+
+    It is ``element1`` as well for processes that share the samples, ``alone`` false.
+    """
+    if name != AUTO:
+        return name
+    return "obs" if alone and not set(kinds) & set(DEPTHS) else "element1"
 
 
 def calibration_for(
@@ -46,7 +60,7 @@ def _device(model: nn.Module) -> torch.device:
 def long_calibration(
     model: nn.Module, source: Any, tokenizer: Any, samples: int | None = None, length: int | None = None
 ) -> Batch:
-    """Calibration for what is fitted to activations: of texts 32 samples of 128 tokens, or as many as they have.
+    """Calibration for what is fitted to activations: of texts 16 samples of 128 tokens, or as many as they have.
 
     Samples are no longer than the model's positions.
 

@@ -32,7 +32,7 @@ from llmprune.importance import Importance, lookup
 from llmprune.layer_choice import DEPTHS
 from llmprune.layer_scores import check_finite, contributions, influences, magnitudes, obstacles
 from llmprune.layers import LayerAxis
-from llmprune.loss import SampleLosses, UserLoss
+from llmprune.loss import SampleLosses, UserLoss, loss_of
 from llmprune.ranks import Ranks
 from llmprune.reduction import Reducer, Sums
 from llmprune.sampling import calibration_for
@@ -58,7 +58,6 @@ AGGREGATIONS: dict[str, Aggregate] = {
 """Name -> members' scores (members in execution order, axis size) to the group's, (axis size,)."""
 
 _FORMAT = "llmprune.scores/1"
-_SKETCH_TOKENS = 8
 
 
 class Scores(Mapping[int, np.ndarray]):
@@ -72,6 +71,7 @@ class Scores(Mapping[int, np.ndarray]):
         nested: Axis id -> float64 (size around it, axis size), for query heads and for channels inside experts: the
             score of each one in each key-value head, or expert, which can then lose a choice of its own.
         comparable: Whether scores are in units of the loss, so that those of all axes compare as they are.
+        curves: Axis id -> what was measured of it (:mod:`llmprune.sensitivity`): how many indices went, and the cost.
         pinned: Id of a stack of layers -> position -> why the model's class cannot build the rest without that block.
     """
 
@@ -88,6 +88,7 @@ class Scores(Mapping[int, np.ndarray]):
         nested: Mapping[int, np.ndarray] | None = None,
         pinned: Mapping[int, Mapping[int, str]] | None = None,
         comparable: bool = False,
+        curves: Mapping[int, Sequence[tuple[int, float]]] | None = None,
     ):
         self._values = {int(axis): np.asarray(array, dtype=np.float64) for axis, array in values.items()}
         self.nested = {
@@ -96,6 +97,9 @@ class Scores(Mapping[int, np.ndarray]):
         self.pinned = {int(a): {int(i): w for i, w in why.items()} for a, why in (pinned or {}).items()}
         self.importance, self.aggregation, self.seed = importance, aggregation, seed
         self.comparable = comparable
+        self.curves = {
+            int(a): [(int(n), float(c)) for n, c in points] for a, points in (curves or {}).items()
+        }
         self.calibration_hash, self.fingerprint, self.kinds = calibration_hash, fingerprint, dict(kinds)
 
     def __getitem__(self, axis: int) -> np.ndarray:
@@ -140,6 +144,7 @@ class Scores(Mapping[int, np.ndarray]):
             "kinds": {str(axis): kind for axis, kind in self.kinds.items()},
             "pinned": self.pinned,
             "comparable": self.comparable,
+            "curves": self.curves,
         }
 
     @classmethod
@@ -161,6 +166,7 @@ class Scores(Mapping[int, np.ndarray]):
             nested=nested,
             pinned=header.get("pinned"),
             comparable=header.get("comparable", False),
+            curves=header.get("curves"),
         )
 
     def to_json(self) -> str:
@@ -461,26 +467,11 @@ def _of_activations(
         _ids_in_range(),
         tqdm(total=batch.samples, desc=f"scoring ({rule.name})", unit="sample", disable=quiet) as bar,
     ):
-        losses_of = _loss_for(model, loss, batch) if rule.gram else None
+        losses_of = loss_of(model, loss, batch) if rule.gram else None
         values, nested = activation_scores(
             model, graph, axes, outer, batch, rule, losses_of, batch_size, bar.update
         )
         return values, nested, losses_of is not None
-
-
-def _loss_for(model: nn.Module, loss: UserLoss | None, batch: Batch) -> SampleLosses | None:
-    """The loss of the samples; None for a model that has none of its own."""
-    try:
-        losses_of = SampleLosses(model, loss, batch)
-        sketch = batch.sketch(_SKETCH_TOKENS)
-        losses_of.find_shift(sketch)
-        losses_of.check_causal(sketch)
-    except InputError as error:
-        if loss is not None:
-            raise
-        log.info("scores are output errors, not weighed by a loss: %s", error)
-        return None
-    return losses_of
 
 
 def _of_layers(

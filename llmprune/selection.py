@@ -53,6 +53,7 @@ class Checked:
     nested: dict[int, Array]
     pinned: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
     comparable: bool = False
+    curves: bool = False
 
 
 def check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> Checked:
@@ -84,7 +85,8 @@ def check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> Checked:
         key: checked(key, value, (graph.around(key).size,))
         for key, value in getattr(scores, "nested", {}).items()
     }
-    return Checked(flat, nested, getattr(scores, "pinned", {}), getattr(scores, "comparable", False))
+    comparable, curves = (bool(getattr(scores, name, False)) for name in ("comparable", "curves"))
+    return Checked(flat, nested, getattr(scores, "pinned", {}), comparable, curves)
 
 
 def check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[int, Indices]:
@@ -184,7 +186,7 @@ def _floor(graph: Graph, system: System, scores: Checked, options: Mapping[str, 
         chosen = {stack.axis.id: sorted(stack.order) for stack in _stacks(graph, scores, options)}
         drops = drops_of(graph, without_branches(graph, chosen))
         narrow = set(options["kinds"]) - set(DEPTHS)
-        found = _candidates(graph, scores, options, drops) if narrow else []
+        found = candidates_of(graph, scores, options, drops) if narrow else []
         most = {c.axis: int(steps[-1]) for c in found if len(steps := c.removals())}
         return graph.numel(close(system, most)[0], drops)
     except PlanError:
@@ -216,13 +218,13 @@ def choose(
     if isinstance(ratio, dict):
         chosen = share(stacks, ratio)
         narrower = set(ratio) - set(DEPTHS)
-        found = _candidates(graph, scores, options, drops_of(graph, chosen)) if narrower else []
+        found = candidates_of(graph, scores, options, drops_of(graph, chosen)) if narrower else []
         return _indices(found, {c.axis: c.share(ratio[c.kind]) for c in found}), chosen
     total = graph.numel({})
     target = round(ratio * total) if freed is None else freed
     ratio = target / total if freed is not None else ratio
     if not stacks:
-        found = _candidates(graph, scores, options)
+        found = candidates_of(graph, scores, options)
         return _indices(found, _budget(graph, system, found, scores, options).solve(target)), {}
     steps = sequence(stacks, options["allocation"])
     if set(options["kinds"]) <= set(DEPTHS):
@@ -233,14 +235,14 @@ def choose(
         whole = Shallower(graph, drops)
         return sum(
             whole.numel({}) - whole.numel({c.axis: int(most[-1])})
-            for c in _candidates(graph, scores, options, drops)
+            for c in candidates_of(graph, scores, options, drops)
             if len(most := c.removals())
         )
 
     failure: PlanError | None = None
     for chosen in with_axes(steps, target, room):
         drops = drops_of(graph, chosen)
-        found, whole = _candidates(graph, scores, options, drops), Shallower(graph, drops)
+        found, whole = candidates_of(graph, scores, options, drops), Shallower(graph, drops)
         rest = target - (total - whole.numel({}))
         try:
             counts = _budget(whole, system, found, scores, options).solve(rest) if rest > 0 else {}
@@ -291,7 +293,7 @@ def check_split(graph: Graph, counts: Mapping[int, int], drops: Sequence[Drop | 
             )
 
 
-def _candidates(
+def candidates_of(
     graph: Graph, scores: Checked, options: Mapping[str, Any], drops: Sequence[Drop | Part] = ()
 ) -> list[Candidate]:
     """The axes that may give under the options and lie outside of blocks that go, in order of id."""

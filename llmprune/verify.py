@@ -211,11 +211,11 @@ def _compare_in(
     worst, worst_relative, worst_scale = 0.0, 0.0, 0.0
     names: tuple[str, ...] = ()
     batches = _batches(inputs)
-    compared = masked = 0
+    compared = replaced = 0
     counts: dict[str, int] = {}
     with evaluating(model), evaluating(twin), without_hooks(model), without_hooks(twin), torch.no_grad():
         for number, batch in enumerate(batches):
-            with _masked(model, plan):
+            with masked(model, plan):
                 try:
                     reference, mode = _reference(model, plan, batch)
                 except (LlmpruneError, RuntimeError, ValueError, TypeError, IndexError):
@@ -233,7 +233,7 @@ def _compare_in(
                     f"the compacted model does not run ({type(error).__name__}: {error}): the plan must not be applied"
                 ) from error
             error_now, scale, names = compared_outputs(reference, got)
-            compared, masked = compared + 1, mode.done
+            compared, replaced = compared + 1, mode.done
             relative = error_now / scale if scale else error_now
             if not relative <= tolerance:
                 where = _first_difference(model, twin, plan, batch, tolerance)
@@ -250,7 +250,7 @@ def _compare_in(
         tolerance=tolerance,
         dtype=str(dtype).removeprefix("torch."),
         inputs=compared,
-        masked_ops=masked,
+        masked_ops=replaced,
         outputs=names,
     )
 
@@ -342,7 +342,7 @@ def masked_values(
 
 
 @contextmanager
-def _masked(model: nn.Module, plan: Any) -> Iterator[None]:
+def masked(model: nn.Module, plan: Any) -> Iterator[None]:
     """The masked reference inside the block; afterwards every bit is as it was.
 
     Removed positions of the parameters are zero, and removed blocks hand on what they get.
@@ -447,7 +447,7 @@ def _first_difference(
     model: nn.Module, twin: nn.Module, plan: Any, batch: Mapping[str, Any], tolerance: float
 ) -> str:
     """Where the two begin to differ: the first module whose output has the same shape in both, but other values."""
-    with _masked(model, plan):
+    with masked(model, plan):
         expected = _module_outputs(model, lambda: _reference(model, plan, batch))
     found = _module_outputs(twin, lambda: outputs_of(twin, batch))
     for name, tensor in expected.items():

@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     score.add_argument(
         "--calibration", type=path_argument, metavar="FILE", help=".txt or .jsonl to score the groups on"
     )
-    score.add_argument("--samples", type=int, help="calibration samples (10; 32 for obs and its kind)")
+    score.add_argument("--samples", type=int, help="calibration samples (10; 16 for obs and its kind)")
     score.add_argument("--length", type=int, help="tokens in each (64; 128 for those)")
     score.add_argument("--kinds", type=names_argument, help="kinds to score (all but whole layers)")
     score.add_argument("--seed", type=int, default=0, help="of the importance random (%(default)s)")
