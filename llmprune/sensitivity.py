@@ -116,11 +116,12 @@ def sensitivity(
                 points.append((count, max(0.0, cost(make_plan(graph, removed=removed)))))
             bar.update(len(shares))
             curves[candidate.axis] = points
-            scale = _scale(candidate.scores, candidate.order, points)
-            values[candidate.axis] = candidate.scores * scale
-            if candidate.nested is not None:
-                nested[candidate.axis] = _rows(candidate.nested, values[candidate.axis])
-                values[candidate.axis] = checked.flat[candidate.axis] * float(scale.mean())
+            ranked = _measured(candidate.scores, candidate.order, points)
+            if candidate.nested is None:
+                values[candidate.axis] = ranked
+            else:  # what counts is apart for each index around it
+                values[candidate.axis] = checked.flat[candidate.axis]
+                nested[candidate.axis] = _rows(candidate.nested, ranked)
     return Scores(
         values,
         importance=scores.importance,
@@ -135,10 +136,10 @@ def sensitivity(
     )
 
 
-def _scale(scores: Array, order: npt.NDArray[np.int64], points: Sequence[tuple[int, float]]) -> Array:
-    """What each score is multiplied with so that the sums over the lowest are the measured costs.
+def _measured(scores: Array, order: npt.NDArray[np.int64], points: Sequence[tuple[int, float]]) -> Array:
+    """Scores in the same order, whose sums over the lowest are the measured costs.
 
-    Costs that fall are taken for equal, and scores that are all zero in a segment keep their zero.
+    A cost that falls is taken for the one before it; where segments overlap, the higher score holds.
     """
     ordered = scores[order]
     out = np.empty_like(ordered)
@@ -150,11 +151,13 @@ def _scale(scores: Array, order: npt.NDArray[np.int64], points: Sequence[tuple[i
         out[start:count] = factor
         start, reached = count, max(reached, cost)
     out[start:] = factor
-    # The ranking stays what it was: a segment may not be cheaper than the one before it.
+    # The ranking stays what it was: no index is cheaper than one before it.
     scaled = np.maximum.accumulate(ordered * out)
-    scale = np.empty_like(ordered)
-    scale[order] = np.divide(scaled, ordered, out=np.ones_like(ordered), where=ordered > 0)
-    return scale
+    for place in range(1, len(scaled)):
+        scaled[place] = max(scaled[place], np.nextafter(scaled[place - 1], np.inf))
+    ranked = np.empty_like(scaled)
+    ranked[order] = scaled
+    return ranked
 
 
 def _rows(table: Array, sums: Array) -> Array:
