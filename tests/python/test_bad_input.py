@@ -145,7 +145,7 @@ OPTIONS = {
     "--ratio=wheel=0.1": "unknown kind 'wheel'",
     "--importance=psychic": "the known ones are vector",
     "--aggregation=mean": "the known ones are sum",
-    "--allocation=local": "there are uniform, global",
+    "--allocation=local": "there are auto, uniform, global",
     "--kinds=,": "no kind of axis to prune was named",
     "--round-to=0": "round_to must be an integer of at least 1",
     "--protect-first=-1": "protect_first must be an integer of at least 0",
