@@ -175,7 +175,7 @@ def test_a_bad_option_is_refused_before_the_model_is_read(
 
 
 TEXTS = {
-    "empty.txt": (b"", "0 tokens, 640 are needed"),
+    "empty.txt": (b"", "0 tokens, 1024 are needed"),
     "short.txt": (b"Once upon a time", "give more text, or ask for fewer or shorter samples"),
     "latin.txt": ("caf\xe9 ".encode("latin-1") * 400, "is not UTF-8 text"),
     "torn.jsonl": (b'{"text": "a"}\n\n{"text": \n', "line 3 of"),
@@ -428,6 +428,7 @@ def test_ctrl_c_in_each_stage_leaves_no_file(
 
     monkeypatch.setattr(sys.modules[module], name, interrupted)
     words = ["--calibration", str(folder.parent / "calibration.txt"), "--samples", "2", "--length", "16"]
+    words += ["--importance", "element1"]
     words += ["--output", str(tmp_path / "out"), "--save-plan", str(tmp_path / "plan.json")]
     code, out, err = run(capsys, "prune", str(folder), *words)
     assert reached
