@@ -141,6 +141,7 @@ def test_torchrun_prunes_as_one_process_does(tmp_path: Path, capsys: pytest.Capt
         32,
     ]
     words += ["--calibration", tmp_path / "calibration.txt", "--samples", 5, "--json"]
+    words += ["--importance", "element1"]  # what several processes share
     assert main([*map(str, words), "--output", str(tmp_path / "one")]) == 0
     alone = json.loads(capsys.readouterr().out)
     run = launch(*words, "--output", tmp_path / "two", "--save-plan", tmp_path / "plan.json")
