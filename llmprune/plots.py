@@ -125,7 +125,7 @@ def _label(row: Row, names: Sequence[str]) -> str:
             ):
                 continue
         parts.append(text)
-    return ", ".join(filter(None, parts)) or "groups"
+    return ", ".join(filter(None, parts)) or ("not repaired" if "repair" in names else "groups")
 
 
 def _grouped(experiment: Experiment, rows: Sequence[Row], y: str) -> dict[str, list[tuple[Any, float]]]:

@@ -41,7 +41,7 @@ KINDS = {
     "hidden channels": ("channel",),
     "layers": ("layer",),
 }
-ROUNDS, REPEATS = 3, 3
+ROUNDS, REPEATS = 2, 2
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments"
 
 

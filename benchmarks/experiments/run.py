@@ -1,6 +1,6 @@
 """The paper's questions, and a few of its readers', on every model at hand: all experiments of ``llmprune sweep``.
 
-    python benchmarks/experiments/run.py [--data DIR] [--only NAME ...] [--windows N] [--output DIR]
+    python benchmarks/experiments/run.py [--data DIR] [--only NAME ...] [--models NAME ...] [--windows N] [--output DIR]
 
 Heads lose 25 % and FFN channels 20 % in every layer, unless the experiment varies that. Without ``--data`` (or
 LLMPRUNE_DATA) it runs on the demo model with the demo's texts; with it on every model folder below DIR/models as well,
@@ -55,6 +55,7 @@ def main() -> int:
     )
     parser.add_argument("--data", type=Path, default=os.environ.get("LLMPRUNE_DATA"))
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument(
         "--output", type=Path, default=Path("out/experiments"), help="where unfinished sweeps lie"
@@ -64,6 +65,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cut:
         for experiment in args.only:
             for name, (model, train, valid, texts) in models(args.data, Path(cut)).items():
+                if args.models and name not in args.models:
+                    continue
                 start = time.perf_counter()
                 inputs = Inputs(
                     model, train, valid, texts if experiment == "calibration" else {}, args.windows
