@@ -32,7 +32,8 @@ SETTINGS: dict[str, Any] = {"learning_rate": 2e-3, "batch_size": 64, "micro_batc
 CHARACTERS = 100_000
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MODELS = ("stories260K", "babyllama936K")
-MINUTES = 10
+SHARE, MINUTES = 0.5, 10
+"""What is claimed on TinyStories; the demo has a few thousand tokens to learn from, and the claim there is that it helps."""
 
 
 def judge(
@@ -99,7 +100,8 @@ def main() -> int:
                 flush=True,
             )
             if repair == "none":
-                claims.append(Claim(f"{name}: share of the gap that comes back", row["share"], 0.5, True))
+                bound = 0.0 if args.data is None else SHARE
+                claims.append(Claim(f"{name}: share of the gap that comes back", row["share"], bound, True))
             claims.append(Claim(f"{name}, repair {repair}: CPU minutes", row["cpu_seconds"] / 60, MINUTES))
             save(
                 "recovery" if args.data is None else "recovery_tinystories",
