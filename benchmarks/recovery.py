@@ -33,7 +33,7 @@ CHARACTERS = 100_000
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MODELS = ("stories260K", "babyllama936K")
 SHARE, MINUTES = 0.5, 10
-"""What is claimed on TinyStories; the demo has a few thousand tokens to learn from, and the claim there is that it helps."""
+"""What is claimed on TinyStories; of the demo, with a few thousand tokens to learn from, only that recovery helps."""
 
 
 def judge(
