@@ -80,7 +80,7 @@ def test_a_grid_is_run_written_and_drawn(folder: Path, tmp_path: Path, capsys: A
     model = copy.deepcopy(bench.model)
     samples = load_calibration(str(folder.parent / "calibration.txt"), bench.tokenizer, samples=4)
     whole = {"protect_first": 0, "protect_last": 0, "repair": "none"}
-    report = llmprune.prune(model, bench.tokenizer, 0.2, samples, **whole)
+    report = llmprune.prune(model, bench.tokenizer, 0.2, samples, "element1", **whole)
     assert row["parameters"] == report.after.parameters
     assert row["removed"] == pytest.approx(report.removed)
     assert row["perplexity"] == pytest.approx(bench.perplexity(model), rel=1e-6)
