@@ -19,7 +19,7 @@ AUTO = "auto"
 def best_importance(name: str, kinds: Sequence[str], alone: bool = True) -> str:
     """What ``auto`` stands for: ``obs``, which with repair is the best of all, or ``element1`` where layers go.
 
-    It is ``element1`` as well for processes that share the samples, ``alone`` false.
+    It is ``element1`` as well for processes that share the samples or a model that is streamed, ``alone`` false.
     """
     if name != AUTO:
         return name

@@ -63,6 +63,7 @@ def prune_files(options: argparse.Namespace, goals: Mapping[str, Any], clock: St
         protect_first=options.protect_first,
         protect_last=options.protect_last,
         round_to=options.round_to,
+        tp=options.tp,
         norms=options.norms,
         context=options.context,
         batch=options.batch,

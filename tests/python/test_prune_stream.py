@@ -39,7 +39,7 @@ def ids_of(samples: int = 3, length: int = 12) -> torch.Tensor:
 )
 def test_the_files_are_those_of_pruning_in_memory(tmp_path, family, options):
     build(family).save_pretrained(tmp_path / "m", max_shard_size="30KB")
-    common = {"protect_first": 0, "protect_last": 0, **options}
+    common = {"importance": "element1", "protect_first": 0, "protect_last": 0, **options}
     if isinstance(options["ratio"], dict):
         common["kinds"] = tuple(options["ratio"])
     model = load_model(tmp_path / "m")
