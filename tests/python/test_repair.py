@@ -251,3 +251,87 @@ def test_short_texts_give_fewer_samples() -> None:
     model = build("gpt2")
     batch = long_calibration(model, ["a" * 700], lambda text: {"input_ids": [5] * len(text)})
     assert (batch.samples, batch.tokens) == (10, 640)  # of the 64 positions that the model has
+
+
+# --- biases, and what else changes ------------------------------------------------------------------------------------
+
+
+def test_a_bias_is_fitted_with_the_weights() -> None:
+    x, removed = rows(300, 12, 0), rows(300, 4, 1)
+    removed[:, 0] += x[:, 0] + 3  # a mean of its own
+    r, held = removed @ rows(4, 5, 2), 60
+    found = fit(x, r, held, ridges=(1e-6,), bias=True)
+    ones = torch.cat([x, torch.ones(300, 1, dtype=torch.float64)], 1)
+    want = torch.linalg.lstsq(ones[:-held], r[:-held]).solution
+    assert found.change is not None
+    assert found.shift is not None
+    torch.testing.assert_close(found.change, want[:-1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.shift, want[-1], rtol=1e-3, atol=1e-4)
+    assert found.after < fit(x, r, held, ridges=(1e-6,)).after
+
+
+def test_a_mean_alone_goes_into_the_bias() -> None:
+    r = torch.ones(40, 3, dtype=torch.float64) * 2
+    for x in (torch.zeros(40, 4, dtype=torch.float64), rows(40, 60, 0)):  # dead inputs; noise
+        found = fit(x, r + 0.1 * rows(40, 3, 1), 10, bias=True)
+        assert found.change is None
+        assert found.shift is not None
+        torch.testing.assert_close(found.shift, torch.full((3,), 2.0, dtype=torch.float64), atol=0.1, rtol=0)
+    assert fit(rows(40, 60, 0), rows(40, 3, 1) * torch.linspace(-1, 1, 40)[:, None], 10, bias=True).after <= (
+        fit(rows(40, 60, 0), rows(40, 3, 1) * torch.linspace(-1, 1, 40)[:, None], 10).before
+    )
+
+
+def test_biases_of_consumers_are_repaired_saved_and_checked(tmp_path: Path) -> None:
+    model = build("opt")
+    with torch.no_grad():  # channels that always fire: their mean is what can be had
+        for layer in model.model.decoder.layers:
+            layer.fc1.bias.add_(2)
+    plan = plan_for(model, ("ffn",))
+    found = repair(model, plan, ids(48), judged=False)
+    assert found.biases
+    assert all(name.endswith("fc2.bias") or name in found.weights for name in found.biases)
+    assert all(name not in plan.kept for name in found.biases if name.endswith("fc2.bias"))
+    original = copy.deepcopy(model)
+    assert llmprune.verify(model, plan, weights=found.weights).relative_error < 1e-5
+    llmprune.compact(model, plan, found.weights)
+    for name in found.biases:
+        assert torch.equal(model.get_parameter(name), found.weights[name])
+        assert not torch.equal(model.get_parameter(name)[:3], original.get_parameter(name)[:3])
+    llmprune.save_pretrained(model, tmp_path / "out")
+    checked = recheck(llmprune.from_pretrained(tmp_path / "out"), original).verification
+    assert checked is not None
+    assert checked.relative_error < 1e-5
+
+
+def test_weights_whose_inputs_changed_are_adjusted_and_tied_ones_never() -> None:
+    model = build("llama")
+    model.tie_weights()
+    found = repair(model, plan_for(model), ids(64), judged=False)
+    assert found.adjusted
+    assert not any("embed" in name or "lm_head" in name for name in found.adjusted)
+    assert not any(".layers.0.self_attn" in name for name in found.adjusted)  # nothing has changed before it
+    assert repair(model, plan_for(model), ids(64), order="one-shot").adjusted == []
+
+
+def test_few_tokens_are_named_with_how_many_would_do(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama")
+    found = repair(model, plan_for(model), ids(4))
+    assert found.warning is not None
+    assert f"{found.tokens:,} tokens" in found.warning
+    assert f"{10 * found.width:,} tokens would do better" in found.warning
+    assert found.warning in caplog.text
+    assert repair(model, plan_for(model), ids(80)).warning is None
+
+
+def test_dead_channels_and_copies_of_channels_do_no_harm() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj.weight[:8] = 0
+        for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
+            weight[8:16] = weight[16:24]
+    found = repair(model, plan_for(model), ids(64))
+    assert all(bool(torch.isfinite(values).all()) for values in found.weights.values())
+    assert found.loss is not None
+    assert found.kept == (found.loss[1] < found.loss[0])
