@@ -161,6 +161,10 @@ class _Maker:
         channels = _get(vision, "num_channels", "in_channels", "in_chans", default=3)
         height, width = _pair(_get(vision, "image_size", default=224))
         rows, columns = _pair(_get(vision, "patch_size", default=1))
+        if "image_patches" in self.names:  # no convolution cuts the image: it comes as flattened patches
+            count = (height // rows) * (width // columns)
+            inputs["pixel_values"] = self._floats(self.batch, count, channels * rows * columns)
+            return count
         lead: tuple[int, ...] = (self.batch,)
         if "aspect_ratio_ids" in self.names:  # one image for each text, of several tiles
             tiles = int(_get(vision, "max_num_tiles", default=1))
