@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from types import SimpleNamespace
@@ -322,3 +323,41 @@ def test_groups_and_ffn_of_a_small_batch_without_a_mask() -> None:
     model = llama()
     assert GROUPS == 3
     assert verify(model, llama_plan(model, FFN_CUT, HEAD_CUT), {"input_ids": ids()}).inputs == 1
+
+
+@pytest.mark.parametrize(("unrest", "passes"), [(1e-5, True), (1e-6, False)])
+def test_a_faint_difference_passes_only_if_the_model_makes_as_much_of_rounding(
+    unrest: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("llmprune.verify")
+    real = module.outputs_of
+
+    def blurred(*args: Any) -> Any:
+        return {name: t + 3e-5 * t.abs().max() for name, t in real(*args).items()}
+
+    monkeypatch.setattr(module, "outputs_of", blurred)
+    monkeypatch.setattr(
+        module,
+        "_reference",
+        lambda model, plan, batch: (real(model, batch), SimpleNamespace(counts={}, done=0)),
+    )
+    monkeypatch.setattr(module, "_unrest", lambda *_: unrest)
+    model = llama()
+    if passes:
+        found = verify(model, llama_plan(model, FFN_CUT, HEAD_CUT), batch())
+        assert found.relative_error == pytest.approx(3e-5, rel=0.01)
+        assert found.tolerance == pytest.approx(8e-5)
+    else:
+        with pytest.raises(VerificationError, match=r"relative error 3\.0e-05"):
+            verify(model, llama_plan(model, FFN_CUT, HEAD_CUT), batch())
+
+
+def test_how_far_outputs_move_by_rounding_is_measured_and_leaves_the_model_alone() -> None:
+    module = importlib.import_module("llmprune.verify")
+    model = llama()
+    before, plan, inputs = state(model), llama_plan(model, FFN_CUT, HEAD_CUT), batch()
+    with torch.no_grad():
+        reference, _ = module._reference(model, plan, inputs)
+        moved = module._unrest(model, plan, inputs, reference)
+    assert 1e-9 < moved < 1e-5
+    assert unchanged(model, before)
