@@ -69,7 +69,7 @@ fmt: $(INSTALLED)
 
 types: $(EXTENSION)
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest llmprune._core
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml llmprune._core
 
 pytest: $(EXTENSION)
 	$(BIN)/python -m pytest $(ARGS)

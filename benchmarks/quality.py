@@ -7,8 +7,9 @@ orders; and for obs, fluctuation and activation, read off the repair's calibrati
     python benchmarks/quality.py [MODEL_DIR ...] [--data DIR] [--best]
 
 With ``--best`` only the modes of ``prune`` are run again, at as many parameters, and put into the tables there are: how
-it chooses without options, in rounds, and by measured sensitivity; on the same text and a later one, with the CPU time of the whole
-beside that of pruning by element1 alone, and of scoring, choosing and repair beside that of element1's scores.
+it chooses without options, in rounds, and by measured sensitivity; on the same text and a later one, with the CPU time
+of the whole beside that of pruning by element1 alone, and of scoring, choosing and repair beside that of element1's
+scores.
 
 Protocol: calibration on 10 x 64 tokens of the training text's head, repair on 64 x 128 of its end; judged on the
 first 100,000 characters of the validation text in windows of 128 tokens without overlap, the first token of a window
