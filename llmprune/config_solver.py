@@ -590,9 +590,9 @@ def _put(values: Any, place: Field, value: Number) -> None:
         owner[one[-1]] = value
 
 
-def _truncate(values: dict[str, Any], old: int, new: int) -> None:
-    """Shorten the lists that state something for each layer."""
-    for name, value in values.items():
+def _truncate(values: Any, old: int, new: int) -> None:
+    """Shorten the lists that state something for each layer; a field that is a list itself holds none."""
+    for name, value in values.items() if isinstance(values, dict) else ():
         if isinstance(value, list) and len(value) == old:
             values[name] = value[:new]
         elif isinstance(value, dict):

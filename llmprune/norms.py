@@ -29,6 +29,10 @@ NORMS = ("rescaled", "kept")
 """What a norm becomes that loses positions: ``rescaled`` to the mean over all positions, removed ones being zero, or as
 it is, with the mean over the ``kept`` positions."""
 
+REMAINS = "a mean over it is of values that zero weights do not make zero"
+"""The core's mark on an axis over which no factor makes good for what is missing: where queries are zero, say, attention
+still gives the mean of the values."""
+
 _MEANS = frozenset({"aten::mean", "aten::rms_norm", "aten::_fused_rms_norm"})
 _ACCURACY = 1e-4  # norms compute in float32
 _Found = tuple[float, str, float]
@@ -146,7 +150,8 @@ def rescales(
 ) -> tuple[list[MarkedOp], list[tuple[Norm, Rescale]]]:
     """Tell marked operations that a rescaled norm makes exact from those that remain.
 
-    An axis is rescaled in all of the operations that normalise over it, or in none.
+    An axis is rescaled in all of the operations that normalise over it, or in none; in none where what goes would not
+    have been zero (:data:`REMAINS`).
 
     Args:
         graph: the graph.
@@ -164,8 +169,9 @@ def rescales(
         and graph.parameters.get(norms[op.module].parameter) == (op.size,)
         for op in marked
     ]
+    lasting = {axis for axis in removed if any(mark.startswith(REMAINS) for mark in graph.axes[axis].marks)}
     while True:
-        stuck = {axis for fits, own in zip(fit, axes, strict=True) if not fits for axis in own}
+        stuck = lasting | {axis for fits, own in zip(fit, axes, strict=True) if not fits for axis in own}
         now = [fits and not own & stuck for fits, own in zip(fit, axes, strict=True)]
         if now == fit:
             break

@@ -130,7 +130,7 @@ def build(recipe: Recipe, attention: str = "eager", seed: int = 0) -> nn.Module:
     """The recipe's model on the CPU, in evaluation mode, with weights of unit scale.
 
     Every parameter is random, those that classes set to zero or one too: a structure that contributes nothing proves
-    nothing.
+    nothing. Tables that are not trained (sines of positions) stay as their class computes them, as it does on loading.
     """
     config = recipe.config()
     for part in _configs(config):
@@ -142,7 +142,7 @@ def build(recipe: Recipe, attention: str = "eager", seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.requires_grad:
                 draws = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 scale = 0.3 if parameter.dim() > 1 else 0.2
                 one = parameter.dim() == 1 and "norm" in name.lower() and name.endswith("weight")

@@ -63,6 +63,7 @@ typedef enum {
     LP_MARK_SOFTMAX,
     LP_MARK_NORM,
     LP_MARK_TOPK,
+    LP_MARK_REMAINS, /* a mean over it is of values that do not vanish with the weights */
     LP_REASON_COUNT
 } lp_reason;
 

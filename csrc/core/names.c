@@ -110,6 +110,8 @@ const char *lp_reason_text(lp_reason reason)
         return "a normalisation runs over it";
     case LP_MARK_TOPK:
         return "a top-k choice is made from it";
+    case LP_MARK_REMAINS:
+        return "a mean over it is of values that zero weights do not make zero";
     }
     return "no reason";
 }

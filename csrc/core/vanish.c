@@ -5,7 +5,8 @@
  * it.  But sigmoid(0) is not zero, nor is a value that expand copied along the axis; where two such values are multiplied
  * and summed over it, removal changes the result, and nobody asked for that.  So each tensor's axes are followed through
  * the tape with one bit: is the tensor zero at an index where every parameter is?  Axes over which something is summed
- * that is not freeze (LP_REASON_REMAINS).  A masked normalisation counts as zero: that is what its mark promises. */
+ * that is not freeze (LP_REASON_REMAINS); where its mean is taken they are marked once more (LP_MARK_REMAINS), since no
+ * factor then makes good for what is missing.  A masked normalisation counts as zero: that is what its mark promises. */
 #include "rules.h"
 
 #include <string.h>
@@ -290,8 +291,9 @@ static lp_status describe(vanish *v, lp_tensor *tensor, const lp_op *op, lp_erro
     return LP_OK;
 }
 
-/* A dimension that a and b (or a alone, when NULL) are summed over. */
-static lp_status summed(vanish *v, lp_expr dim, const lp_tensor *a, const lp_tensor *b, lp_error *err)
+/* A dimension that a and b (or a alone, when NULL) are summed over, or that a mean is taken over: what it then has. */
+static lp_status summed(vanish *v, lp_expr dim, const lp_tensor *a, const lp_tensor *b, lp_reason reason,
+                        lp_error *err)
 {
     lp_axes *axes = &v->graph->axes;
     size_t arena = axes->factor_count;
@@ -301,7 +303,7 @@ static lp_status summed(vanish *v, lp_expr dim, const lp_tensor *a, const lp_ten
     for (uint32_t i = 0; i < leaves.len; i++) {
         lp_atom leaf = axes->factors[leaves.off + i];
         if ((axes->atoms[leaf].flags & LP_FROZEN) == 0 && !zero(v, a, leaf) && !zero(v, b, leaf))
-            LP_TRY(lp_axes_note_atom(axes, leaf, LP_REASON_REMAINS, err));
+            LP_TRY(lp_axes_note_atom(axes, leaf, reason, err));
     }
     axes->factor_count = arena;
     return LP_OK;
@@ -314,18 +316,26 @@ static lp_status check_sums(vanish *v, const lp_op *op, lp_error *err)
 
     if (a == NULL || a->ndim == 0)
         return LP_OK;
-    if (op->rule == lp_rule_reduce && (op->detail & 15u) == LP_REDUCE_SUM && !a->integral) {
+    if (op->rule == lp_rule_layer_norm) {
+        lp_arg shape = lp_op_arg(v->graph, op, 1);
+        for (size_t i = 0; shape.tag == LP_ARG_INTS && i < shape.count && i < a->ndim; i++)
+            LP_TRY(summed(v, a->dims[a->ndim - 1 - i], a, NULL, LP_MARK_REMAINS, err));
+        return LP_OK;
+    }
+    if (op->rule == lp_rule_reduce && !a->integral &&
+        ((op->detail & 15u) == LP_REDUCE_SUM || (op->detail & 15u) == LP_REDUCE_MEAN)) {
+        lp_reason reason = (op->detail & 15u) == LP_REDUCE_SUM ? LP_REASON_REMAINS : LP_MARK_REMAINS;
         lp_arg which = lp_op_arg(v->graph, op, op->detail >> 4);
         bool all = (which.tag != LP_ARG_INT && which.tag != LP_ARG_INTS) || which.count == 0;
         for (size_t i = 0; i < (all ? a->ndim : which.count); i++)
-            LP_TRY(summed(v, a->dims[all ? i : lp_wrap_dim(which.values[i], a->ndim)], a, NULL, err));
+            LP_TRY(summed(v, a->dims[all ? i : lp_wrap_dim(which.values[i], a->ndim)], a, NULL, reason, err));
     } else if (op->rule == lp_rule_matmul || op->rule == lp_rule_linear || op->rule == lp_rule_grouped_mm ||
                op->rule == lp_rule_attention) {
-        LP_TRY(summed(v, a->dims[a->ndim - 1], a, b, err));
+        LP_TRY(summed(v, a->dims[a->ndim - 1], a, b, LP_REASON_REMAINS, err));
     } else if (op->rule == lp_rule_convolution && b != NULL && b->ndim > 1) {
         bool transposed = lp_op_int(v->graph, op, 6, 0) != 0;
-        LP_TRY(
-            summed(v, transposed && lp_op_int(v->graph, op, 8, 1) == 1 ? b->dims[0] : b->dims[1], a, b, err));
+        LP_TRY(summed(v, transposed && lp_op_int(v->graph, op, 8, 1) == 1 ? b->dims[0] : b->dims[1], a, b,
+                      LP_REASON_REMAINS, err));
     }
     return LP_OK;
 }

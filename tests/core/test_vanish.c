@@ -187,8 +187,28 @@ static void test_joined_indices_still_name_the_experts(void)
     tape_end(&t);
 }
 
+/* The mean over streams: of copies that a gate holds open at zero weights, or that fall with it. */
+static void test_means_of_what_remains_are_marked_so(void)
+{
+    const char *gates[] = {"sigmoid", "tanh"};
+
+    for (int zero_at_zero = 0; zero_at_zero < 2; zero_at_zero++) {
+        int64_t w, gate, y;
+        begin();
+        gate = tape_produce(&t, 4, &w);
+        gate = tape_op(&t, gates[zero_at_zero], ARGS(T(gate)), SHAPE(2, 4));
+        y = tape_op(&t, "mean", ARGS(T(gate), IS(1), B(0), NO), SHAPE(2));
+        if (build(y)) {
+            CHECK(prunable(w, 0, 0) && tape_marked(&t, w, 0, LP_MARK_MEAN), "a mean is marked");
+            CHECK(tape_marked(&t, w, 0, LP_MARK_REMAINS) == !zero_at_zero, "%s", gates[zero_at_zero]);
+        }
+        tape_end(&t);
+    }
+}
+
 int main(void)
 {
+    test_means_of_what_remains_are_marked_so();
     test_copies_gated_by_what_is_not_zero_at_zero();
     test_what_is_put_in_place_of_zero_remains();
     test_feature_maps_of_linear_attention();

@@ -169,3 +169,25 @@ def test_an_unknown_treatment_is_refused() -> None:
     graph = llmprune.trace(model, inputs(model))
     with pytest.raises(InputError, match="unknown treatment of norms 'half': there are rescaled and kept"):
         llmprune.plan(graph, removed=removal(graph), norms="half")
+
+
+@pytest.mark.parametrize(("kind", "rescaled"), [("head", True), ("query", False)])
+def test_a_norm_over_heads_is_rescaled_only_where_what_goes_would_be_zero(kind: str, rescaled: bool) -> None:
+    """A head whose values are zero adds nothing to the mean square; one whose query is zero still averages values."""
+    torch.manual_seed(0)
+    config = tf.BitNetConfig(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=32,
+    )
+    model = tf.BitNetForCausalLM(config).double().eval()
+    graph = llmprune.trace(model)
+    axis = next(axis for axis in graph.axes if axis.prunable and axis.kind == kind)
+    plan = llmprune.plan(graph, removed={axis.id: [0]})
+    assert bool(plan.rescaled) == rescaled
+    assert bool(plan.marked) != rescaled
+    assert llmprune.verify(model, plan).relative_error < 1e-6
