@@ -49,7 +49,7 @@ $(EXTENSION): $(INSTALLED) setup.py $(C_FILES)
 # --- the two commands of the README ---------------------------------------------------------------------------------
 
 demo: $(EXTENSION)
-	$(BIN)/llmprune prune demo/model --ratio 0.2 --importance element1 \
+	$(BIN)/llmprune prune demo/model --ratio 0.2 \
 	    --calibration demo/calibration.txt --eval demo/eval.txt \
 	    --output out/demo --overwrite --generate "Once there was"
 

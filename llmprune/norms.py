@@ -30,7 +30,7 @@ NORMS = ("rescaled", "kept")
 it is, with the mean over the ``kept`` positions."""
 
 REMAINS = "a mean over it is of values that zero weights do not make zero"
-"""The core's mark on an axis over which no factor makes good for what is missing: where queries are zero, say, attention
+"""The core's mark on an axis over which no factor makes good for what is missing: where queries are zero, attention
 still gives the mean of the values."""
 
 _MEANS = frozenset({"aten::mean", "aten::rms_norm", "aten::_fused_rms_norm"})
