@@ -82,6 +82,9 @@ def quiet_peft() -> Iterator[None]:
     """No warnings inside the block about what PEFT calls of other libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "fan_in_fan_out is set to"
+        )  # PEFT sees GPT-2's transposed maps by itself
         yield
 
 

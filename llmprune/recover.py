@@ -460,6 +460,7 @@ class _Run:
             task_type="CAUSAL_LM",
         )
         try:
+            with quiet_peft():
             self.wrapped = peft.get_peft_model(self.model, config)
         except ValueError as error:
             raise InputError(

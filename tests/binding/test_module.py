@@ -32,7 +32,7 @@ def another_core() -> ModuleType:
 
 def test_errors_form_one_family() -> None:
     names = [name for name in errors.__all__ if name != "LlmpruneError"]
-    assert len(names) == 8
+    assert len(names) == 10
     for name in names:
         error = getattr(errors, name)
         assert issubclass(error, errors.LlmpruneError)

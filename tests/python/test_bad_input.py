@@ -402,7 +402,7 @@ def test_tensors_the_core_cannot_cut(tensor: Any) -> None:
 STAGES = {
     "load": ("llmprune.loading", "check_loaded"),
     "score": ("llmprune.score", "_grouped"),
-    "verify": ("llmprune.verify", "_compare"),
+    "verify": ("llmprune.verify", "_compare_in"),
     "compact": ("llmprune.compact", "_replace"),
     "save": ("llmprune.checkpoint", "_write_record"),
 }

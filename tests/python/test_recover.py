@@ -446,7 +446,7 @@ def test_a_killed_run_goes_on_to_the_same_result(pruned: Path, tmp_path: Path) -
         process = start(name)
         out, _ = process.communicate()
         assert process.returncode == 0
-        assert json.loads(out)["steps"] == 12
+        assert json.loads(out)["steps"] == 30
     assert same(load_model(tmp_path / "killed").state_dict(), load_model(tmp_path / "whole").state_dict())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
