@@ -461,7 +461,7 @@ class _Run:
         )
         try:
             with quiet_peft():
-            self.wrapped = peft.get_peft_model(self.model, config)
+                self.wrapped = peft.get_peft_model(self.model, config)
         except ValueError as error:
             raise InputError(
                 f"the targets cannot be adapted ({str(error).splitlines()[0][:200]}): name others"
