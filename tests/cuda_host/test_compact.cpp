@@ -128,9 +128,13 @@ static void check_waves(const cut &c, uint64_t stage)
     }
     CHECK(at == layout.total || lp_wave_start(&layout) == layout.total, "%s: %llu of %llu words", c.name(),
           (unsigned long long)at, (unsigned long long)layout.total);
-    CHECK(waves <= 2 * (layout.total / (stage < layout.total ? stage : layout.total) + 1),
-          "%s: %llu waves with a stage of %llu", c.name(), (unsigned long long)waves,
-          (unsigned long long)stage);
+    /* A wave is half a stage at least (rounded down), or, at the end, half of what is left (rounded down). */
+    uint64_t least = stage < layout.total ? stage : layout.total, most = 2;
+    least = least < 2 ? 1 : least / 2;
+    for (uint64_t tail = 2 * least + 1; tail > 0; tail /= 2)
+        ++most;
+    CHECK(waves <= layout.total / least + most, "%s: %llu waves with a stage of %llu", c.name(),
+          (unsigned long long)waves, (unsigned long long)stage);
     (void)direct;
 }
 
