@@ -186,9 +186,9 @@ def _paper(evaluations: Sequence[tuple[str, Entry]]) -> Section:
             for key in published.TEXTS
         ]
         shares = {
-            task: figures["tasks"][task][figures["chosen"][task]]
-            for task in published.TASKS
-            if task in figures.get("chosen", {})
+            name: figures["tasks"][task][metric]
+            for task, metric in figures.get("chosen", {}).items()
+            if (name := published.paper_task(task)) is not None
         }
         cells += [f"{100 * shares[task]:.2f}" if task in shares else "-" for task in published.TASKS]
         whole = len(shares) == len(published.TASKS)

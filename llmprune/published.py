@@ -19,6 +19,12 @@ TASKS = {
 TEXTS = {"wiki": "WikiText2", "ptb": "PTB"}
 """What the name of a text holds -> the heading of its perplexity."""
 
+
+def paper_task(task: str) -> str | None:
+    """Which of the paper's tasks a task of lm-eval is, also under a name that begins with it; None for another."""
+    return next((name for name in TASKS if task == name or task.startswith(name + "_")), None)
+
+
 COLUMNS = (*TEXTS.values(), *TASKS.values(), "average")
 
 LLAMA_7B = {

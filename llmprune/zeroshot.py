@@ -13,6 +13,7 @@ from typing import Any
 
 from llmprune.errors import InputError
 from llmprune.perplexity import positions
+from llmprune.published import paper_task
 
 PAPER = {
     "boolq": "acc",
@@ -38,9 +39,8 @@ def chosen_metric(task: str, metrics: Sequence[str]) -> str | None:
     For the paper's tasks, also under a name that begins with one of theirs, it is the paper's; else ``acc_norm`` or,
     where there is no such, ``acc``.
     """
-    wanted = next(
-        (metric for name, metric in PAPER.items() if task == name or task.startswith(name + "_")), None
-    )
+    name = paper_task(task)
+    wanted = None if name is None else PAPER[name]
     return next((m for m in (wanted, "acc_norm", "acc") if m is not None and m in metrics), None)
 
 

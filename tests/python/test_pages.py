@@ -247,3 +247,14 @@ def test_a_run_s_folder_is_checked_before_any_work(
     assert main([*words, "--run", str(tmp_path / "file")]) == 2
     assert "is a file: give a folder for the run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_file_of_one_s_own_fills_the_paper_s_column() -> None:
+    figures = evaluation("dense", 1, 5.0, True)
+    for name in ("tasks", "chosen"):
+        figures[name] = {f"{task}_local": value for task, value in figures[name].items()}
+    table = next(
+        s for s in pages.compose({"run": [{"command": "evaluate", "figures": figures}]}) if "paper" in s.title
+    ).parts[0]
+    assert isinstance(table, pages.Table)
+    assert list(table.rows[0][3:]) == [f"{50 + i:.2f}" for i in range(7)] + ["53.00"]
