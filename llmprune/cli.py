@@ -22,6 +22,7 @@ from llmprune.commands import score as score_command
 from llmprune.commands.common import (
     check_file,
     check_run,
+    check_tokenizer,
     command,
     load,
     multiple_argument,
@@ -305,10 +306,8 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     model, tokenizer = load(options.model, clock, options.trust_remote_code)
     calibration = None
     repair_text = options.repair_calibration or options.calibration
-    if repair_text is not None and tokenizer is None:
-        raise InputError(
-            f"calibration text needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
-        )
+    if repair_text is not None:
+        check_tokenizer(tokenizer, options.model)
     if options.calibration is not None:
         calibration = calibration_for(
             importance, model, options.calibration, tokenizer, options.samples, options.length

@@ -9,8 +9,8 @@ from typing import Any
 from llmprune.errors import InputError
 from llmprune.structure import QUANTILES
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#B8A800")
-"""Told apart by everybody (Okabe and Ito)."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#B8A800", "#882255")
+"""Told apart by everybody (Okabe and Ito), and a few more."""
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Name -> points."""

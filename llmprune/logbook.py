@@ -23,6 +23,7 @@ from typing import Any
 from llmprune import __version__
 from llmprune.atomic import write_file
 from llmprune.errors import InputError
+from llmprune.shards import feed
 
 FILE = "run.json"
 _FORMAT = 1
@@ -117,20 +118,14 @@ def fingerprint(path: Path) -> str | None:
     """sha256 of a file, or of the names and contents of a folder's files; None where there is neither."""
     digest = hashlib.sha256()
     if path.is_file():
-        _feed(digest, path)
+        feed(digest, path)
     elif path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(str(file.relative_to(path)).encode() + b"\0")
-            _feed(digest, file)
+            feed(digest, file)
     else:
         return None
     return digest.hexdigest()
-
-
-def _feed(digest: Any, file: Path) -> None:
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
 
 
 def versions() -> dict[str, str]:
@@ -145,7 +140,7 @@ def versions() -> dict[str, str]:
 def hardware() -> dict[str, Any]:
     """The machine: processor, cores, memory in bytes, and the names of GPUs that torch sees."""
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
     }
@@ -159,7 +154,8 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         for line in lines:
             if line.startswith(("model name", "Model")):

@@ -7,13 +7,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmprune.drawings import COLOURS
 from llmprune.errors import InputError
 from llmprune.experiments import DEFAULTS, Experiment
 
 Row = Mapping[str, Any]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#B8A800", "#882255")
-"""Told apart by everybody (Okabe and Ito), and a few more."""
 MARKERS = "os^DvPX*<>"
 NAMES = {
     "removed": "share of parameters removed",

@@ -15,6 +15,7 @@ from llmprune.drawings import check_matplotlib
 from llmprune.errors import InputError
 from llmprune.logbook import record
 from llmprune.pages import report
+from llmprune.published import LLAMA_7B
 from llmprune.stages import Stages
 from llmprune.zeroshot import PAPER
 
@@ -59,17 +60,8 @@ PRESETS: dict[str, tuple[str, Published]] = {
     "llama-7b": (
         "LLaMA-7B",
         {
-            "dense": (12.62, 22.14, 63.25),
-            "l2": (582.41, 1022.17, 42.65),
-            "random": (27.51, 43.19, 52.69),
-            "channel": (74.63, 153.75, 45.38),
-            "vector": (22.28, 41.78, 53.25),
-            "element2": (19.77, 36.66, 56.82),
-            "element1": (19.09, 34.21, 56.69),
-            "channel tuned": (22.02, 38.67, 55.57),
-            "vector tuned": (18.84, 33.05, 57.23),
-            "element2 tuned": (17.37, 30.39, 60.07),
-            "element1 tuned": (17.58, 30.11, 59.23),
+            name.lower().replace(",", ""): (values[0], values[1], values[-1])
+            for name, values in LLAMA_7B.items()
         },
     ),
     "llama-13b": (

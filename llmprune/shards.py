@@ -164,10 +164,15 @@ def read_json(file: Path) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     """The sha256 of a file, hexadecimal."""
     digest = hashlib.sha256()
+    feed(digest, path)
+    return digest.hexdigest()
+
+
+def feed(digest: hashlib._Hash, path: Path) -> None:
+    """Add a file's bytes to a digest."""
     with open(path, "rb") as file:
         while data := file.read(1 << 20):
             digest.update(data)
-    return digest.hexdigest()
 
 
 def _parse(file: Path, text: bytes) -> dict[str, Any]:

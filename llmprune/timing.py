@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 
 from llmprune.atomic import write_file
 from llmprune.errors import InputError
+from llmprune.logbook import processor
 
 log = logging.getLogger(__name__)
 
@@ -102,16 +102,8 @@ def synchronise(device: torch.device) -> None:
 
 
 def hardware(device: torch.device) -> str:
-    """The processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        log.debug("there is no /proc/cpuinfo here")
-    return platform.processor() or platform.machine()
+    """The name of a device, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def cache_folder() -> Path:

@@ -143,6 +143,14 @@ def processes() -> Iterator[Ranks | None]:
         dist.destroy_process_group()
 
 
+def check_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Refuse calibration text for a model whose folder has no tokenizer."""
+    if tokenizer is None:
+        raise InputError(
+            f"calibration text needs a tokenizer and {directory} has none: copy the tokenizer's files there"
+        )
+
+
 def check_file(path: Path | None, what: str) -> None:
     """Refuse a path that is no file; None passes."""
     if path is not None and not path.is_file():

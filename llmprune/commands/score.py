@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from llmprune.commands.common import check_file, command, names_argument, path_argument, print_json
+from llmprune.commands.common import (
+    check_file,
+    check_tokenizer,
+    command,
+    names_argument,
+    path_argument,
+    print_json,
+)
 from llmprune.errors import InputError
 
 
@@ -70,10 +77,7 @@ def _score(options: argparse.Namespace) -> None:
     streamed = source_of(model) is not None
     batch = None
     if options.calibration is not None:
-        if tokenizer is None:
-            raise InputError(
-                f"calibration text needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
-            )
+        check_tokenizer(tokenizer, options.model)
         batch = calibration_for(
             options.importance, model, options.calibration, tokenizer, options.samples, options.length
         )

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmprune.commands.common import note_run, print_json
+from llmprune.commands.common import check_tokenizer, note_run, print_json
 from llmprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def prune_files(options: argparse.Namespace, goals: Mapping[str, Any], clock: St
         tokenizer = load_tokenizer(options.model)
     batch = None
     if options.calibration is not None:
-        if tokenizer is None:
-            raise InputError(
-                f"calibration text needs a tokenizer and {options.model} has none: copy the tokenizer's files there"
-            )
+        check_tokenizer(tokenizer, options.model)
         batch = calibration_for(
             options.importance, model, options.calibration, tokenizer, options.samples, options.length
         )
