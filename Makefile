@@ -14,7 +14,7 @@ C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/c
                          csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch])
 CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt ctest asan tsan valgrind pytest bench architectures docs cuda cuda-test clean
+.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind arm windows pytest bench architectures docs cuda cuda-test clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -22,6 +22,8 @@ help:
 	@echo "make lint      ruff and clang-format, changing nothing;  make fmt applies them"
 	@echo "make types     mypy, and stubtest: does _core.pyi describe the extension?"
 	@echo "make ctest     the C tests; asan, tsan, valgrind: the same under a checker"
+	@echo "make portable  is csrc/core ISO C11 and nothing else?"
+	@echo "make arm       the C tests on an emulated aarch64;  make windows: on Windows, under wine"
 	@echo "make pytest    the Python tests (ARGS=... goes to pytest)"
 	@echo "make bench     every benchmark; results in benchmarks/results"
 	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
@@ -53,7 +55,7 @@ demo: $(EXTENSION)
 	    --calibration demo/calibration.txt --eval demo/eval.txt \
 	    --output out/demo --overwrite --generate "Once there was"
 
-test: lint types ctest asan cuda pytest
+test: lint types portable ctest asan cuda pytest
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 

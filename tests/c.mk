@@ -1,4 +1,4 @@
-# Builds and runs the C tests in four variants under build/c/VARIANT.  Included by the Makefile of the repository.
+# Builds and runs the C tests in six variants under build/c/VARIANT.  Included by the Makefile of the repository.
 
 C_LIBRARY := $(wildcard csrc/core/*.c csrc/kernels/cpu/*.c csrc/kernels/cuda/*.c)
 C_TESTS   := $(wildcard tests/core/test_*.c tests/kernels/test_*.c)
@@ -10,10 +10,21 @@ C_plain    := -O2
 C_asan     := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 C_tsan     := -O1 -fsanitize=thread
 C_valgrind := -O1
+C_arm      := -O2 -static
+C_windows  := -O2 -static -D__USE_MINGW_ANSI_STDIO=1
+
+# Compilers: the machine's own, but for two whose programs run in an emulator.  A Cortex-A53 has the baseline of aarch64
+# and nothing else: no half-precision arithmetic, no dot products, no SVE.
+C_CC_arm         := aarch64-linux-gnu-gcc
+C_CC_windows     := x86_64-w64-mingw32-gcc-posix
+EMULATOR_arm     := qemu-aarch64
+EMULATOR_windows := wine
 
 C_RUN_plain    :=
 C_RUN_asan     := ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1
 C_RUN_tsan     := TSAN_OPTIONS=halt_on_error=1
+C_RUN_arm      := $(EMULATOR_arm) -cpu cortex-a53
+C_RUN_windows  := WINEDEBUG=-all WINEPREFIX=$(abspath build/wine) $(EMULATOR_windows)
 C_RUN_valgrind := valgrind --quiet --error-exitcode=1 --leak-check=full --errors-for-leak-kinds=all
 
 # $(call c_variant,NAME): objects, programs, and the phony target run-c-NAME.
@@ -21,10 +32,10 @@ define c_variant
 build/c/$(1)/%.o: %.c
 	@mkdir -p $$(@D)
 	@echo "$(1) cc $$<"
-	@$$(CC) $$(C_FLAGS) $$(C_$(1)) -c $$< -o $$@
+	@$$(or $$(C_CC_$(1)),$$(CC)) $$(C_FLAGS) $$(C_$(1)) -c $$< -o $$@
 
 build/c/$(1)/%.run: build/c/$(1)/%.o $$(patsubst %.c,build/c/$(1)/%.o,$$(C_LIBRARY) $$(C_SHARED))
-	@$$(CC) -pthread $$(C_$(1)) $$^ -lm -o $$@
+	@$$(or $$(C_CC_$(1)),$$(CC)) -pthread $$(C_$(1)) $$^ -lm -o $$@
 
 .PRECIOUS: build/c/$(1)/%.o build/c/$(1)/%.run
 .PHONY: run-c-$(1)
@@ -34,7 +45,7 @@ run-c-$(1): $$(patsubst %.c,build/c/$(1)/%.run,$$(C_TESTS))
 -include $$(patsubst %.c,build/c/$(1)/%.d,$$(C_LIBRARY) $$(C_SHARED) $$(C_TESTS))
 endef
 
-$(foreach variant,plain asan tsan valgrind,$(eval $(call c_variant,$(variant))))
+$(foreach variant,plain asan tsan valgrind arm windows,$(eval $(call c_variant,$(variant))))
 
 # The CUDA backend's own sources as C++ for the CPU, where tests/cuda_host/simt.cpp runs their kernels thread by thread; its
 # tests take what they need of the C objects.  gemm.cu, which calls cuBLAS, has a stand-in.
@@ -83,3 +94,19 @@ asan:
 
 tsan valgrind:
 	$(MAKE) --no-print-directory -j $(JOBS) run-c-$@
+
+# The core asks for nothing beyond ISO C11: no POSIX, no extension.
+portable:
+	@echo "portable: csrc/core as ISO C11"
+	@set -e; for file in $(wildcard csrc/core/*.c); do \
+	    $(CC) -std=c11 -pedantic-errors -Wall -Wextra -Werror -Icsrc -fsyntax-only $$file; done
+
+# What has no machine here: NEON on an emulated aarch64, and Windows' threads and C runtime under wine.
+NEEDS_arm     := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+NEEDS_windows := gcc-mingw-w64-x86-64-posix wine wine64
+arm windows: %: %-here
+	$(MAKE) --no-print-directory -j $(JOBS) run-c-$@
+
+arm-here windows-here: %-here:
+	@for tool in $(C_CC_$*) $(EMULATOR_$*); do command -v $$tool >/dev/null || { \
+	    echo "make $*: there is no $$tool here; on Debian: apt-get install $(NEEDS_$*)" >&2; exit 1; }; done

@@ -28,10 +28,17 @@ typedef struct {
     char message[512]; /* NUL-terminated, UTF-8 */
 } lp_error;
 
-/* Fill *err (may be NULL) and return code, so that a failing function can `return lp_error_set(...)`. */
-#if defined(__GNUC__)
-__attribute__((format(printf, 3, 4)))
+/* Compilers that can compare format, the f-th parameter, with the arguments from the a-th on, do. */
+#if defined(__MINGW32__)
+#define LP_PRINTF(f, a) __attribute__((format(gnu_printf, f, a))) /* of the universal C runtime */
+#elif defined(__GNUC__)
+#define LP_PRINTF(f, a) __attribute__((format(printf, f, a)))
+#else
+#define LP_PRINTF(f, a)
 #endif
+
+/* Fill *err (may be NULL) and return code, so that a failing function can `return lp_error_set(...)`. */
+LP_PRINTF(3, 4)
 lp_status lp_error_set(lp_error *err, lp_status code, const char *format, ...);
 
 /* The allocator every object of the core is made with.  resize(ctx, NULL, 0, n) allocates, resize(ctx, p, n, 0) frees

@@ -14,8 +14,8 @@
 
 /* Count a check; where it fails print the place and a printf-style description of the case. */
 #define CHECK(condition, ...) check_that((condition), __FILE__, __LINE__, #condition, __VA_ARGS__)
-__attribute__((format(printf, 5, 6))) bool check_that(bool condition, const char *file, int line,
-                                                      const char *text, const char *format, ...);
+LP_PRINTF(5, 6)
+bool check_that(bool condition, const char *file, int line, const char *text, const char *format, ...);
 
 /* Print the totals; the program's exit status. */
 int check_finish(const char *name);

@@ -8,9 +8,9 @@
  * declare it read, and only then copies the buffer to its place.  A chunk's destination lies below the end of its source,
  * hence below the sources of chunks already declared read. */
 #include "kernels/cpu/pack.h"
+#include "kernels/cpu/threads.h"
 #include "kernels/cpu/workers.h"
 
-#include <pthread.h>
 #include <string.h>
 
 enum {
@@ -53,8 +53,8 @@ typedef struct {
     size_t chunk; /* tuples of a chunk */
     unsigned char *stage;
     size_t stage_each;
-    pthread_mutex_t lock;
-    pthread_cond_t turn;
+    lp_lock lock;
+    lp_condition turn;
     size_t next, declared; /* chunks handed out, and chunks declared read, under the lock */
 } plan;
 
@@ -125,9 +125,9 @@ static void walk_chunks(void *context, int worker)
         size_t chunk, first, end, bytes;
         unsigned char *to;
 
-        (void)pthread_mutex_lock(&p->lock);
+        lp_lock_take(&p->lock);
         chunk = p->next++;
-        (void)pthread_mutex_unlock(&p->lock);
+        lp_lock_give(&p->lock);
         first = chunk * p->chunk;
         if (first >= p->tuples)
             return;
@@ -139,12 +139,12 @@ static void walk_chunks(void *context, int worker)
             continue;
         }
         walk(p, first, end, stage, stage + p->stage_each);
-        (void)pthread_mutex_lock(&p->lock);
+        lp_lock_take(&p->lock);
         while (p->declared != chunk)
-            (void)pthread_cond_wait(&p->turn, &p->lock);
+            lp_condition_wait(&p->turn, &p->lock);
         p->declared++;
-        (void)pthread_cond_broadcast(&p->turn);
-        (void)pthread_mutex_unlock(&p->lock);
+        lp_condition_wake_all(&p->turn);
+        lp_lock_give(&p->lock);
         memcpy(to, stage, bytes);
     }
 }
@@ -360,11 +360,11 @@ static lp_status execute(plan *p, const lp_exec *exec, lp_error *err)
             return lp_error_set(err, LP_ERR_NOMEM,
                                 "out of memory: %zu bytes to compact in place were refused", stage);
     }
-    (void)pthread_mutex_init(&p->lock, NULL);
-    (void)pthread_cond_init(&p->turn, NULL);
+    lp_lock_init(&p->lock);
+    lp_condition_init(&p->turn);
     lp_workers_run(workers, walk_chunks, p);
-    (void)pthread_cond_destroy(&p->turn);
-    (void)pthread_mutex_destroy(&p->lock);
+    lp_condition_free(&p->turn);
+    lp_lock_free(&p->lock);
     if (p->stage != NULL)
         (void)exec->allocator.resize(exec->allocator.ctx, p->stage, stage, 0);
     return LP_OK;

@@ -1,13 +1,11 @@
 #include "kernels/cpu/workers.h"
 
-#include <pthread.h>
-#include <unistd.h>
-
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/threads.h"
 
 int lp_cpu_threads(void)
 {
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
+    long online = lp_processors();
 
     return online < 1 ? 1 : online > LP_MAX_WORKERS ? LP_MAX_WORKERS : (int)online;
 }
@@ -23,32 +21,18 @@ int lp_workers_count(int threads, size_t items)
     return count;
 }
 
-typedef struct {
-    void (*run)(void *context, int worker);
-    void *context;
-    int worker;
-} lp_worker;
-
-static void *worker_main(void *argument)
-{
-    const lp_worker *self = argument;
-
-    self->run(self->context, self->worker);
-    return NULL;
-}
-
 void lp_workers_run(int count, void (*run)(void *context, int worker), void *context)
 {
-    pthread_t threads[LP_MAX_WORKERS];
-    lp_worker workers[LP_MAX_WORKERS];
+    lp_thread threads[LP_MAX_WORKERS];
+    lp_job jobs[LP_MAX_WORKERS];
     int started = 1;
 
     for (; started < count && started < LP_MAX_WORKERS; started++) {
-        workers[started] = (lp_worker){.run = run, .context = context, .worker = started};
-        if (pthread_create(&threads[started], NULL, worker_main, &workers[started]) != 0)
+        jobs[started] = (lp_job){.run = run, .context = context, .worker = started};
+        if (!lp_thread_start(&threads[started], &jobs[started]))
             break;
     }
     run(context, 0);
     for (int i = 1; i < started; i++)
-        (void)pthread_join(threads[i], NULL);
+        lp_thread_join(threads[i]);
 }
