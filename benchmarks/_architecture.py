@@ -26,7 +26,7 @@ from torch import nn
 
 import llmprune
 from llmprune.errors import CheckpointError, LlmpruneError
-from llmprune.inputs import example_inputs
+from llmprune.tracing.inputs import example_inputs
 
 EVERYTHING = ("head", "query", "ffn")
 """Kinds of which a quarter goes at once."""

@@ -35,9 +35,9 @@ from _measure import Claim, save
 from safetensors.torch import save_file
 
 import llmprune
-from llmprune import universal
-from llmprune.apply import _Streamer
-from llmprune.outline import load_outline
+from llmprune.checkpoints import universal
+from llmprune.out_of_core.apply import _Streamer
+from llmprune.out_of_core.outline import load_outline
 
 SHARD = 1 << 29  # bytes
 

@@ -27,7 +27,7 @@ from torch import nn
 
 import llmprune
 from llmprune import _core
-from llmprune import cuda as backend
+from llmprune.machine import cuda as backend
 
 SHAPES = {
     "7B": {

@@ -37,9 +37,9 @@ from _measure import RESULTS, Claim, cpu_seconds, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
-from llmprune.calibration import load_calibration
-from llmprune.perplexity import perplexity
-from llmprune.repair import ORDERS, repair
+from llmprune.evaluation.perplexity import perplexity
+from llmprune.repair.repair import ORDERS, repair
+from llmprune.scoring.calibration import load_calibration
 
 RATIO = {"ffn": 0.2, "head": 0.25}
 IMPORTANCES = ("l1", "l2", "vector", "element1", "element2")

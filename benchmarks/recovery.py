@@ -24,8 +24,8 @@ import torch
 from _measure import Claim, machine, save
 
 import llmprune
-from llmprune.loading import load_model, load_tokenizer
-from llmprune.perplexity import score_text
+from llmprune.checkpoints.loading import load_model, load_tokenizer
+from llmprune.evaluation.perplexity import score_text
 
 RATIO = {"ffn": 0.2, "head": 0.25}
 SETTINGS: dict[str, Any] = {"learning_rate": 2e-3, "batch_size": 64, "micro_batch_size": 16, "validation": 64}

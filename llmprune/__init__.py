@@ -12,31 +12,29 @@ neither torch nor transformers and never touches a GPU.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmprune import errors
-    from llmprune.apply import apply
-    from llmprune.checkpoint import from_pretrained, save_pretrained
-    from llmprune.compact import compact
-    from llmprune.doctor import doctor
-    from llmprune.evaluate import Evaluation, evaluate
-    from llmprune.graph import Axis, Graph, Member
-    from llmprune.plan import Plan, plan
-    from llmprune.prune import Report, prune
-    from llmprune.ranks import Ranks
-    from llmprune.recover import Recovery, recover
-    from llmprune.request import measure_request
-    from llmprune.rules import Registration, register_rule
-    from llmprune.score import Scores, score
-    from llmprune.search import search
-    from llmprune.sensitivity import sensitivity
-    from llmprune.stored import open_model
-    from llmprune.trace import trace
-    from llmprune.verify import Verification, verify
+    from llmprune.checkpoints.checkpoint import from_pretrained, save_pretrained
+    from llmprune.compaction.compact import compact
+    from llmprune.compaction.verify import Verification, verify
+    from llmprune.evaluation.evaluate import Evaluation, evaluate
+    from llmprune.machine.doctor import doctor
+    from llmprune.out_of_core.apply import apply
+    from llmprune.out_of_core.stored import open_model
+    from llmprune.pipeline.prune import Report, prune
+    from llmprune.planning.plan import Plan, plan
+    from llmprune.planning.request import measure_request
+    from llmprune.planning.search import search
+    from llmprune.planning.sensitivity import sensitivity
+    from llmprune.recovery.recover import Recovery, recover
+    from llmprune.scoring.ranks import Ranks
+    from llmprune.scoring.score import Scores, score
+    from llmprune.tracing.graph import Axis, Graph, Member
+    from llmprune.tracing.rules import Registration, register_rule
+    from llmprune.tracing.trace import trace
 
 __version__ = "0.1.0"
 
@@ -74,66 +72,45 @@ __all__ = [
 ]
 
 _HOME = {
-    "Axis": "graph",
-    "Evaluation": "evaluate",
-    "Graph": "graph",
-    "Member": "graph",
-    "Plan": "plan",
-    "Recovery": "recover",
-    "Ranks": "ranks",
-    "Registration": "rules",
-    "Report": "prune",
-    "Scores": "score",
-    "Verification": "verify",
-    "apply": "apply",
-    "compact": "compact",
-    "doctor": "doctor",
-    "evaluate": "evaluate",
-    "from_pretrained": "checkpoint",
-    "measure_request": "request",
-    "open_model": "stored",
-    "plan": "plan",
-    "prune": "prune",
-    "recover": "recover",
-    "register_rule": "rules",
-    "save_pretrained": "checkpoint",
-    "score": "score",
-    "search": "search",
-    "sensitivity": "sensitivity",
-    "trace": "trace",
-    "verify": "verify",
+    "Axis": "tracing.graph",
+    "Evaluation": "evaluation.evaluate",
+    "Graph": "tracing.graph",
+    "Member": "tracing.graph",
+    "Plan": "planning.plan",
+    "Recovery": "recovery.recover",
+    "Ranks": "scoring.ranks",
+    "Registration": "tracing.rules",
+    "Report": "pipeline.prune",
+    "Scores": "scoring.score",
+    "Verification": "compaction.verify",
+    "apply": "out_of_core.apply",
+    "compact": "compaction.compact",
+    "doctor": "machine.doctor",
+    "evaluate": "evaluation.evaluate",
+    "from_pretrained": "checkpoints.checkpoint",
+    "measure_request": "planning.request",
+    "open_model": "out_of_core.stored",
+    "plan": "planning.plan",
+    "prune": "pipeline.prune",
+    "recover": "recovery.recover",
+    "register_rule": "tracing.rules",
+    "save_pretrained": "checkpoints.checkpoint",
+    "score": "scoring.score",
+    "search": "planning.search",
+    "sensitivity": "planning.sensitivity",
+    "trace": "tracing.trace",
+    "verify": "compaction.verify",
 }
-"""Public name -> the submodule it lives in."""
+"""Public name -> the module it lives in, below this package."""
 
 
-def _public(name: str, home: str) -> property:
-    """A module attribute that is imported when it is first read."""
-
-    def read(package: ModuleType) -> Any:
-        return getattr(import_module(f"{package.__name__}.{home}"), name)
-
-    def assign(package: ModuleType, value: object) -> None:
-        # The import system announces each submodule to its package. `llmprune.trace` stays the function all the same;
-        # the submodule is reached by `from llmprune.trace import ...`.
-        if not isinstance(value, ModuleType):
-            raise AttributeError(f"{package.__name__}.{name} cannot be replaced")
-
-    return property(read, assign, doc=f"See llmprune/{home}.py.")
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("llmprune.errors")
+    if name in _HOME:
+        return getattr(import_module(f"llmprune.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'llmprune' has no attribute {name!r}")
 
 
-class _Package(ModuleType):
-    """The package's own type: its public names are properties, so that they win over submodules of the same name."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "errors":
-            return import_module(f"{self.__name__}.errors")
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-for _name, _home in _HOME.items():
-    setattr(_Package, _name, _public(_name, _home))
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -87,7 +87,7 @@ class Block:
 
 @final
 class Graph:
-    """The dependency graph of a recorded forward pass; llmprune.graph.Graph is its public face."""
+    """The dependency graph of a recorded forward pass; llmprune.tracing.graph.Graph is its public face."""
 
     def __new__(
         cls,

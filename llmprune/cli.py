@@ -39,8 +39,8 @@ from llmprune.commands.streamed import prune_files
 from llmprune.errors import InputError, LlmpruneError
 
 if TYPE_CHECKING:
-    from llmprune.ranks import Ranks
-    from llmprune.stages import Stages
+    from llmprune.pipeline.stages import Stages
+    from llmprune.scoring.ranks import Ranks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -255,14 +255,14 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
-    from llmprune.choice import check_choice
-    from llmprune.importance import lookup
-    from llmprune.prune import announcer, check_options, prune, save
-    from llmprune.sampling import best_importance, calibration_for
-    from llmprune.score import check_scoring
-    from llmprune.stages import Stages
-    from llmprune.stored import must_stream
-    from llmprune.targets import UNITS, ratio_of, target_of
+    from llmprune.out_of_core.stored import must_stream
+    from llmprune.pipeline.prune import announcer, check_options, prune, save
+    from llmprune.pipeline.stages import Stages
+    from llmprune.planning.choice import check_choice
+    from llmprune.planning.targets import UNITS, ratio_of, target_of
+    from llmprune.scoring.importance import lookup
+    from llmprune.scoring.sampling import best_importance, calibration_for
+    from llmprune.scoring.score import check_scoring
 
     check_options(
         options.repair,
@@ -372,12 +372,12 @@ def _judge(
         raise InputError("--eval and --generate need a tokenizer, and the model's folder has none")
     value = written = None
     if text is not None:
-        from llmprune.perplexity import perplexity
+        from llmprune.evaluation.perplexity import perplexity
 
         with clock.stage(f"eval {when}", f"perplexity {when}"):
             value = perplexity(model, tokenizer, text)
     if prompt is not None:
-        from llmprune.generation import continuation
+        from llmprune.evaluation.generation import continuation
 
         written = continuation(model, tokenizer, prompt)
     return value, written
@@ -400,11 +400,11 @@ def _check_plan_file(path: Path | None) -> None:
 
 
 def _trace(options: argparse.Namespace) -> None:
-    from llmprune.apart import cut_alike
-    from llmprune.prune import announcer
-    from llmprune.report import axes_summary, render_axes
-    from llmprune.stages import Stages
-    from llmprune.trace import trace
+    from llmprune.pipeline.prune import announcer
+    from llmprune.pipeline.stages import Stages
+    from llmprune.planning.apart import cut_alike
+    from llmprune.reporting.report import axes_summary, render_axes
+    from llmprune.tracing.trace import trace
 
     target = _explained(options.explain) if options.explain else None
     clock = Stages(announcer(bool(options.quiet)))
@@ -455,15 +455,15 @@ def _explained(text: str) -> tuple[str, int, int]:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from llmprune.prune import announcer
-    from llmprune.stages import Stages
+    from llmprune.pipeline.prune import announcer
+    from llmprune.pipeline.stages import Stages
 
     if options.plan is not None and options.original is not None:
         raise InputError("give --plan (for an original model) or --original (for a pruned one), not both")
     clock = Stages(announcer(bool(options.quiet)))
     if options.plan is not None:
-        from llmprune.plan import Plan
-        from llmprune.verify import verify
+        from llmprune.compaction.verify import verify
+        from llmprune.planning.plan import Plan
 
         check_file(options.plan, "plan")
         plan = Plan.load(options.plan)
@@ -471,8 +471,8 @@ def _verify(options: argparse.Namespace) -> None:
         with clock.stage("verify", "comparing with the masked reference"):
             result: Any = verify(model, plan)
     else:
-        from llmprune.loading import check_files
-        from llmprune.recheck import recheck
+        from llmprune.checkpoints.loading import check_files
+        from llmprune.compaction.recheck import recheck
 
         model, _ = load(options.model, clock, options.trust_remote_code)
         check_files(options.model)
@@ -490,7 +490,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from llmprune.doctor import doctor
+    from llmprune.machine.doctor import doctor
 
     report = doctor(quiet=options.json)
     if options.json:

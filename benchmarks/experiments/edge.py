@@ -27,11 +27,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmprune
-from llmprune.baselines import cut_matrices, weight_scores, with_sparse_kernels, zero_elements
-from llmprune.compact import compacted_copy
+from llmprune.compaction.compact import compacted_copy
 from llmprune.errors import PlanError
-from llmprune.request import measure_request
-from llmprune.sweep import machine
+from llmprune.experiments.baselines import cut_matrices, weight_scores, with_sparse_kernels, zero_elements
+from llmprune.experiments.sweep import machine
+from llmprune.planning.request import measure_request
 
 RATIOS = (0.1, 0.2, 0.3)
 KINDS = {

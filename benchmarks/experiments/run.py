@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from llmprune.experiments import EXPERIMENTS
-from llmprune.sweep import Inputs, Sweep
+from llmprune.experiments.experiments import EXPERIMENTS
+from llmprune.experiments.sweep import Inputs, Sweep
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent.parent / "demo"

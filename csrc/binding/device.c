@@ -24,7 +24,7 @@ int lp_device_load(const lp_module_state *state, const char *name, int device)
     }
     if (state->devices != NULL)
         return 0;
-    loader = PyImport_ImportModule("llmprune.cuda");
+    loader = PyImport_ImportModule("llmprune.machine.cuda");
     if (loader == NULL)
         return -1;
     done = PyObject_CallMethod(loader, "load", "s", name);
@@ -33,7 +33,7 @@ int lp_device_load(const lp_module_state *state, const char *name, int device)
         return -1;
     Py_DECREF(done);
     if (state->devices == NULL) {
-        PyErr_SetString(PyExc_SystemError, "llmprune.cuda.load registered no backend");
+        PyErr_SetString(PyExc_SystemError, "llmprune.machine.cuda.load registered no backend");
         return -1;
     }
     return 0;

@@ -1,4 +1,4 @@
-/* _core.Graph: the dependency graph for llmprune/graph.py, which gives it its Python face. */
+/* _core.Graph: the dependency graph for llmprune/tracing/graph.py, which gives it its Python face. */
 #include "tape.h"
 
 #define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION

@@ -1,4 +1,4 @@
-/* A recorded forward pass as Python lists (llmprune/tape.py), read into the core's graph. */
+/* A recorded forward pass as Python lists (llmprune/tracing/tape.py), read into the core's graph. */
 #ifndef LP_BINDING_TAPE_H
 #define LP_BINDING_TAPE_H
 

@@ -1,4 +1,4 @@
-/* Rules declared from outside (llmprune/rules.py) for operations the table does not know: each dimension is written in
+/* Rules declared from outside (llmprune/tracing/rules.py) for operations the table does not know: each dimension is written in
  * letters, and a letter is one axis wherever it stands. */
 #include "rules.h"
 

@@ -30,11 +30,11 @@ def register(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options say."""
-    from llmprune.apply import apply
-    from llmprune.plan import Plan
-    from llmprune.prune import announcer, check_options
-    from llmprune.report import memory
-    from llmprune.stages import Stages
+    from llmprune.out_of_core.apply import apply
+    from llmprune.pipeline.prune import announcer, check_options
+    from llmprune.pipeline.stages import Stages
+    from llmprune.planning.plan import Plan
+    from llmprune.reporting.report import memory
 
     check_options(output=options.output, overwrite=options.overwrite, form=options.form)
     check_file(options.plan, "plan")

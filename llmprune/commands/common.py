@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from llmprune.errors import InputError, RankError
 
 if TYPE_CHECKING:
-    from llmprune.ranks import Ranks
-    from llmprune.stages import Stages
+    from llmprune.pipeline.stages import Stages
+    from llmprune.scoring.ranks import Ranks
 
 
 def command(commands: Any, name: str, run: Callable[[Any], None], text: str) -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def note_run(options: argparse.Namespace, figures: Mapping[str, Any], data: Iter
     """Append the command and its figures to the run that was named, if one was; ``data`` are the files it read."""
     if options.run_folder is None:
         return
-    from llmprune.logbook import record
+    from llmprune.reporting.logbook import record
 
     read = [path for path in data if path is not None]
     seed = getattr(options, "seed", None)
@@ -58,7 +58,7 @@ def note_run(options: argparse.Namespace, figures: Mapping[str, Any], data: Iter
 def check_run(options: argparse.Namespace) -> None:
     """Refuse a run's folder that cannot be used, before any work."""
     if options.run_folder is not None:
-        from llmprune.logbook import check_folder
+        from llmprune.reporting.logbook import check_folder
 
         check_folder(options.run_folder)
 
@@ -106,7 +106,7 @@ def print_json(value: Any) -> None:
 
 def load(directory: Path, clock: Stages, trust: bool) -> tuple[Any, Any]:
     """The model and its tokenizer (None where the folder has none)."""
-    from llmprune.checkpoint import load_model, load_tokenizer
+    from llmprune.checkpoints.checkpoint import load_model, load_tokenizer
 
     with clock.stage("load", f"reading {directory}"):
         return load_model(directory, trust_remote_code=trust), load_tokenizer(directory)
@@ -125,7 +125,7 @@ def processes() -> Iterator[Ranks | None]:
     import torch
     import torch.distributed as dist
 
-    from llmprune.ranks import Ranks
+    from llmprune.scoring.ranks import Ranks
 
     on_gpus = torch.cuda.is_available()
     if on_gpus:
@@ -165,6 +165,6 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
         return content
-    from llmprune.calibration import parse_rows
+    from llmprune.scoring.calibration import parse_rows
 
     return "\n\n".join(parse_rows(content, path))

@@ -79,9 +79,9 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from llmprune.evaluate import evaluate, place
-    from llmprune.prune import announcer
-    from llmprune.stages import Stages
+    from llmprune.evaluation.evaluate import evaluate, place
+    from llmprune.pipeline.prune import announcer
+    from llmprune.pipeline.stages import Stages
 
     check_run(options)
     clock = Stages(announcer(bool(options.quiet)))

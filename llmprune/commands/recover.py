@@ -119,9 +119,9 @@ def _amount(text: str) -> int | float:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from llmprune.prune import announcer, check_options
-    from llmprune.recover import recover
-    from llmprune.stages import Stages
+    from llmprune.pipeline.prune import announcer, check_options
+    from llmprune.pipeline.stages import Stages
+    from llmprune.recovery.recover import recover
 
     check_options(output=options.output, overwrite=options.overwrite, form=options.form)
     check_run(options)

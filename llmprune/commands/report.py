@@ -28,7 +28,7 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from llmprune.pages import report
+    from llmprune.reporting.pages import report
 
     path = report(options.runs, options.output)
     if options.json:

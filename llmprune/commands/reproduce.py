@@ -53,7 +53,7 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from llmprune.reproduce import reproduce
+    from llmprune.experiments.reproduce import reproduce
 
     also = {}
     for text in options.also:

@@ -54,13 +54,13 @@ def add_streaming(parser: argparse.ArgumentParser) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from llmprune.loading import load_tokenizer
-    from llmprune.prune import announcer
-    from llmprune.sampling import calibration_for
-    from llmprune.score import check_scoring, score
-    from llmprune.stages import Stages
-    from llmprune.stored import opened, source_of, state_beside
-    from llmprune.trace import trace
+    from llmprune.checkpoints.loading import load_tokenizer
+    from llmprune.out_of_core.stored import opened, source_of, state_beside
+    from llmprune.pipeline.prune import announcer
+    from llmprune.pipeline.stages import Stages
+    from llmprune.scoring.sampling import calibration_for
+    from llmprune.scoring.score import check_scoring, score
+    from llmprune.tracing.trace import trace
 
     check_scoring(options.importance, options.aggregation, options.calibration, options.kinds)
     check_file(options.calibration, "calibration file")

@@ -10,7 +10,7 @@ from llmprune.commands.common import check_tokenizer, note_run, print_json
 from llmprune.errors import InputError
 
 if TYPE_CHECKING:
-    from llmprune.stages import Stages
+    from llmprune.pipeline.stages import Stages
 
 
 def prune_files(options: argparse.Namespace, goals: Mapping[str, Any], clock: Stages) -> None:
@@ -24,10 +24,10 @@ def prune_files(options: argparse.Namespace, goals: Mapping[str, Any], clock: St
     Raises:
         InputError: options that need the model in memory, or no output.
     """
-    from llmprune.loading import load_tokenizer
-    from llmprune.prune_stream import prune_streamed
-    from llmprune.sampling import calibration_for
-    from llmprune.stored import open_model
+    from llmprune.checkpoints.loading import load_tokenizer
+    from llmprune.out_of_core.stored import open_model
+    from llmprune.pipeline.prune_stream import prune_streamed
+    from llmprune.scoring.sampling import calibration_for
 
     _check(options, goals)
     with clock.stage("open", f"reading the names of {options.model}"):

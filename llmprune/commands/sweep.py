@@ -21,7 +21,7 @@ from llmprune.errors import InputError
 
 def register(commands: Any) -> None:
     """Add the command to the parser's subcommands."""
-    from llmprune.experiments import EXPERIMENTS
+    from llmprune.experiments.experiments import EXPERIMENTS
 
     parser = command(commands, "sweep", _run, "prune in many ways, and compare: a table, a plot and JSON")
     parser.add_argument(
@@ -85,8 +85,8 @@ _SETTINGS = (
 
 
 def _run(options: argparse.Namespace) -> None:
-    from llmprune.experiments import EXPERIMENTS, grid
-    from llmprune.sweep import WINDOWS, Inputs, Sweep
+    from llmprune.experiments.experiments import EXPERIMENTS, grid
+    from llmprune.experiments.sweep import WINDOWS, Inputs, Sweep
 
     if (options.experiment is None) == (not options.grid):
         raise InputError("a sweep needs either --experiment or --grid")

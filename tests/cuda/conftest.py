@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmprune import cuda
+from llmprune.machine import cuda
 
 
 @pytest.fixture(autouse=True)

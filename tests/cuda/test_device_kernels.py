@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmprune import _core, cuda
+from llmprune import _core
 from llmprune.errors import DeviceError, TensorError
+from llmprune.machine import cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [1, 2, 7, 31, 33, 127, 128, 129, 257]

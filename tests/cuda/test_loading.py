@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from llmprune import cuda
+from llmprune.machine import cuda
 
 pytestmark = pytest.mark.skipif(find_spec("llmprune._cuda") is None, reason="built without CUDA (make cuda)")
 

@@ -192,7 +192,7 @@ def test_a_failure_to_load_is_remembered_and_doctor_tells_it(library: Path) -> N
         library,
         """
 import llmprune, types
-from llmprune import cuda
+from llmprune.machine import cuda
 simulated.device.devices = 0
 stand_in = types.ModuleType("llmprune._cuda")
 stand_in.table = simulated.capsule()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmprune.record import fingerprint
+from llmprune.checkpoints.record import fingerprint
 
 HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, LAYERS, VOCABULARY = 24, 6, 3, 8, 20, 2, 61
 

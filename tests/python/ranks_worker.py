@@ -20,9 +20,9 @@ from checkpoint_models import build
 from torch import nn
 
 import llmprune
-from llmprune import importance as importances
 from llmprune.errors import LlmpruneError
-from llmprune.ranks import Ranks
+from llmprune.scoring import importance as importances
+from llmprune.scoring.ranks import Ranks
 
 SAMPLES = 7
 FAMILIES = ("llama_tied", "gpt2", "mixtral")

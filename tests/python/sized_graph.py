@@ -1,4 +1,4 @@
-"""A small stand-in for llmprune.graph.Graph whose axis algebra is written out by hand: sums of products of axes.
+"""A stand-in for llmprune.tracing.graph.Graph whose axis algebra is written out by hand: sums of products of axes.
 
 It lets the plan's tests state a model's sizes and equations directly, and check them by counting labels.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from llmprune.apart import Around
 from llmprune.errors import PlanError
+from llmprune.planning.apart import Around
 
 Expression = list[tuple[int, ...]]
 """A dimension: terms one after the other, each a product of axes, outer to inner."""

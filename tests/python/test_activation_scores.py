@@ -12,7 +12,7 @@ from torch import nn
 
 import llmprune
 from llmprune.errors import InputError
-from llmprune.moments import RIDGE, ROUNDS
+from llmprune.repair.moments import RIDGE, ROUNDS
 
 
 def ids(samples: int = 6, length: int = 10) -> torch.Tensor:

@@ -27,8 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmprune.graph import Graph, Member
-from llmprune.trace import record
+from llmprune.tracing.graph import Graph, Member
+from llmprune.tracing.trace import record
 
 Step = tuple[Any, ...]
 

@@ -14,12 +14,12 @@ from tiny_models import build
 from torch import nn
 
 import llmprune
-from llmprune.calibration import Batch, load_calibration
-from llmprune.divergence import Divergence
 from llmprune.errors import InputError
-from llmprune.iterative import settled, shares
-from llmprune.search import _Search
-from llmprune.selection import candidates_of, check_scores
+from llmprune.pipeline.iterative import settled, shares
+from llmprune.planning.divergence import Divergence
+from llmprune.planning.search import _Search
+from llmprune.planning.selection import candidates_of, check_scores
+from llmprune.scoring.calibration import Batch, load_calibration
 
 
 def ids(samples: int = 6, length: int = 12) -> Batch:

@@ -20,11 +20,11 @@ from folders import tokenizer
 from safetensors.torch import load_file, save_file
 
 import llmprune
-from llmprune import outline, stream_io
-from llmprune.checkpoint import load_model, load_tokenizer, save_pretrained
+from llmprune.checkpoints.checkpoint import load_model, load_tokenizer, save_pretrained
 from llmprune.cli import main
 from llmprune.errors import CheckpointError, InputError, LlmpruneError, PlanError
-from llmprune.shards import INDEX
+from llmprune.out_of_core import outline, stream_io
+from llmprune.out_of_core.shards import INDEX
 
 MARK = "model-00001-of-0000"
 
@@ -191,8 +191,8 @@ def test_a_model_left_on_the_disk_is_scored_planned_and_pruned_there(tmp_path: P
 
 LITTLE = """
 import sys, resource
-from llmprune.apply import apply
-from llmprune.plan import Plan
+from llmprune.out_of_core.apply import apply
+from llmprune.planning.plan import Plan
 from pathlib import Path
 place = Path(sys.argv[1])
 def peak():

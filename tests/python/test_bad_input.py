@@ -213,7 +213,7 @@ def test_an_evaluation_file_that_cannot_be_used(
 def test_rows_may_hold_any_character_of_json(folder: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"{TEXT}\u2028\x85{TEXT}"}, ensure_ascii=False) for _ in range(10)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    from llmprune.calibration import load_calibration
+    from llmprune.scoring.calibration import load_calibration
 
     assert load_calibration(tmp_path / "rows.jsonl", tokenizer()).samples == 10
 
@@ -400,11 +400,11 @@ def test_tensors_the_core_cannot_cut(tensor: Any) -> None:
 # --- interrupts and full disks ----------------------------------------------------------------------------------------
 
 STAGES = {
-    "load": ("llmprune.loading", "check_loaded"),
-    "score": ("llmprune.score", "_grouped"),
-    "verify": ("llmprune.verify", "_compare_in"),
-    "compact": ("llmprune.compact", "_replace"),
-    "save": ("llmprune.checkpoint", "_write_record"),
+    "load": ("llmprune.checkpoints.loading", "check_loaded"),
+    "score": ("llmprune.scoring.score", "_grouped"),
+    "verify": ("llmprune.compaction.verify", "_compare_in"),
+    "compact": ("llmprune.compaction.compact", "_replace"),
+    "save": ("llmprune.checkpoints.checkpoint", "_write_record"),
 }
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.calibration import load_calibration
 from llmprune.errors import CalibrationError
+from llmprune.scoring.calibration import load_calibration
 
 
 class Words:

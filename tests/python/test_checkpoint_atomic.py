@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from llmprune import atomic
-from llmprune.atomic import published
+from llmprune.checkpoints import atomic
+from llmprune.checkpoints.atomic import published
 from llmprune.errors import CheckpointError
 
 
@@ -227,7 +227,7 @@ def test_a_read_only_parent_says_so(mounted: Path) -> None:
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from llmprune.atomic import published
+from llmprune.checkpoints.atomic import published
 
 target = Path(sys.argv[1])
 random.seed(int(sys.argv[2]))
@@ -275,7 +275,7 @@ def test_a_full_disk_while_weights_are_written_leaves_nothing(
 ) -> None:
     from checkpoint_models import build
 
-    from llmprune.checkpoint import save_pretrained
+    from llmprune.checkpoints.checkpoint import save_pretrained
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
     (mounted / "ballast").write_bytes(bytes(230 << 10))
@@ -289,7 +289,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from checkpoint_models import build, evenly, logits, prune
-from llmprune.checkpoint import load_model, save_pretrained
+from llmprune.checkpoints.checkpoint import load_model, save_pretrained
 
 torch.set_num_threads(1)
 target = Path(sys.argv[1])
@@ -332,7 +332,7 @@ def test_ctrl_c_while_saving_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     """Interrupted when the weights are written, read back, or compared."""
     from checkpoint_models import build, evenly, prune
 
-    from llmprune import checkpoint
+    from llmprune.checkpoints import checkpoint
 
     model = prune(build("gpt2"), evenly)
 

@@ -8,10 +8,10 @@ import pytest
 import transformers as tf
 from checkpoint_models import FAMILIES, SIZES
 
-from llmprune import config_solver
-from llmprune.config_solver import Solver
-from llmprune.record import AttributeValue, Compaction, fresh
-from llmprune.universal import build_on_meta
+from llmprune.checkpoints import config_solver
+from llmprune.checkpoints.config_solver import Solver
+from llmprune.checkpoints.record import AttributeValue, Compaction, fresh
+from llmprune.checkpoints.universal import build_on_meta
 
 
 def solve(kind: type[Any], base: Any, wanted: dict[str, Any], record: Compaction | None = None) -> list[Any]:

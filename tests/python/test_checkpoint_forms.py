@@ -27,7 +27,7 @@ from checkpoint_models import (
 from safetensors.torch import load_file
 
 import llmprune
-from llmprune.checkpoint import load_model, save_pretrained
+from llmprune.checkpoints.checkpoint import load_model, save_pretrained
 from llmprune.errors import CheckpointError, InputError
 
 # Families whose config can state a smaller number of heads: those whose head width does not follow from it.

@@ -13,7 +13,7 @@ from checkpoint_models import build, logits
 from folders import tokenizer
 from safetensors.torch import load_file, save_file
 
-from llmprune.checkpoint import load_model, load_tokenizer, save_pretrained
+from llmprune.checkpoints.checkpoint import load_model, load_tokenizer, save_pretrained
 from llmprune.errors import CheckpointError
 
 

@@ -23,13 +23,13 @@ from checkpoint_models import (
 )
 
 import llmprune
-from llmprune.checkpoint import load_model, save_pretrained
-from llmprune.config_solver import Solver
+from llmprune.checkpoints.checkpoint import load_model, save_pretrained
+from llmprune.checkpoints.config_solver import Solver
+from llmprune.checkpoints.record import fresh
+from llmprune.checkpoints.siblings import siblings
+from llmprune.checkpoints.stock_form import stock_kinds
+from llmprune.checkpoints.universal import build_on_meta
 from llmprune.errors import CheckpointError
-from llmprune.record import fresh
-from llmprune.siblings import siblings
-from llmprune.stock_form import stock_kinds
-from llmprune.universal import build_on_meta
 
 
 def solver_for(kind: type[Any], base: Any, wanted: dict[str, Any]) -> Solver:
@@ -179,7 +179,7 @@ def test_the_report_says_why(tmp_path: Path) -> None:
 
 
 def test_many_layers_of_two_towers_are_learnt_from_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmprune import config_solver
+    from llmprune.checkpoints import config_solver
 
     base = tf.LlavaConfig(
         text_config={**SIZES, "model_type": "llama", "num_hidden_layers": 12},

@@ -14,9 +14,9 @@ import torch
 from compact_plans import FFN, GROUPS, HEADS, attribute, ids, keep, llama, llama_plan, zeroed_logits
 from torch import nn
 
-from llmprune.compact import compact, compacted_copy, gather, squeeze
+from llmprune.checkpoints.record import Compaction, fingerprint
+from llmprune.compaction.compact import compact, compacted_copy, gather, squeeze
 from llmprune.errors import PlanError, TensorError
-from llmprune.record import Compaction, fingerprint
 
 FFN_CUT = {0: [1, 5, 18], 1: [0, 2, 3]}
 HEAD_CUT = {0: [1], 1: [0]}
@@ -340,7 +340,7 @@ def test_copy_shares_what_is_not_cut_and_leaves_the_model_alone() -> None:
 
 
 def test_interrupt_is_delivered_after_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("llmprune.compact")
+    module = importlib.import_module("llmprune.compaction.compact")
 
     model = llama().double()
     plan = llama_plan(model, FFN_CUT, HEAD_CUT)
@@ -364,7 +364,7 @@ def test_interrupt_is_delivered_after_the_cut(monkeypatch: pytest.MonkeyPatch) -
 
 def fail_after(count: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Let the named functions of the compact module raise once ``count`` tensors have been gathered."""
-    module = importlib.import_module("llmprune.compact")
+    module = importlib.import_module("llmprune.compaction.compact")
     left = [count]
 
     def limited(real: Any) -> Any:

@@ -11,9 +11,9 @@ PROGRAM = """
 import numpy as np, torch
 from types import SimpleNamespace
 from torch import nn
-from llmprune.compact import compact
-from llmprune.record import fingerprint
-from llmprune.stages import _peak, _reset_peak
+from llmprune.compaction.compact import compact
+from llmprune.checkpoints.record import fingerprint
+from llmprune.pipeline.stages import _peak, _reset_peak
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

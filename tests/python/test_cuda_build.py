@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmprune import cuda, streaming
 from llmprune.errors import DeviceError
+from llmprune.machine import cuda
+from llmprune.scoring import streaming
 
 ROOT = Path(__file__).resolve().parents[2]
 

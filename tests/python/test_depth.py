@@ -16,11 +16,11 @@ from tiny_models import TEXT, VISION
 from torch import nn
 
 import llmprune
-from llmprune.depth import bypassed
+from llmprune.compaction.depth import bypassed
+from llmprune.compaction.recheck import recheck
 from llmprune.errors import PlanError, VerificationError
-from llmprune.inputs import example_inputs
-from llmprune.plan import Plan
-from llmprune.recheck import recheck
+from llmprune.planning.plan import Plan
+from llmprune.tracing.inputs import example_inputs
 
 
 def made(config: Any, kind: str) -> nn.Module:
@@ -345,7 +345,7 @@ def test_a_stack_that_loses_the_wrong_block_is_found_out() -> None:
     plan = llmprune.plan(graph, removed={graph.layers[0].id: [0]})
     other = llmprune.plan(graph, removed={graph.layers[0].id: [1]})
     twin = llmprune.compact(copy.deepcopy(model), other)
-    from llmprune.verify import compare
+    from llmprune.compaction.verify import compare
 
     with pytest.raises(VerificationError, match=r"beginning in model\.layers\.1"):
         compare(model, plan, None, lambda original: twin.to(next(original.parameters()).dtype))

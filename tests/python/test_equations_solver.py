@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sized_graph import SizedGraph, decoder
 
-from llmprune.equations import LIMIT, Attribute, System, describe, evaluate, intersect, invert
 from llmprune.errors import PlanError, TraceError
+from llmprune.tracing.equations import LIMIT, Attribute, System, describe, evaluate, intersect, invert
 
 A, B = ["attr", "m", "a"], ["attr", "m", "b"]
 LEAF_A, LEAF_B = ("attr", "m", "a"), ("attr", "m", "b")

@@ -14,12 +14,12 @@ from real_data import DATA, needs_data
 from test_cli import run
 
 import llmprune
-from llmprune.adapters import quiet_peft
+from llmprune.checkpoints.adapters import quiet_peft
+from llmprune.checkpoints.loading import load_model, load_tokenizer
 from llmprune.errors import CheckpointError, InputError
-from llmprune.loading import load_model, load_tokenizer
-from llmprune.perplexity import score_text
-from llmprune.texts import read_text
-from llmprune.zeroshot import chosen_metric
+from llmprune.evaluation.perplexity import score_text
+from llmprune.evaluation.texts import read_text
+from llmprune.evaluation.zeroshot import chosen_metric
 
 TASK = """task: {name}
 dataset_path: json

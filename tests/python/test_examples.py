@@ -11,7 +11,7 @@ from folders import tokenizer
 from real_data import DATA, needs_data
 
 from llmprune.errors import InputError
-from llmprune.examples import IGNORED, WITH_INPUT, WITHOUT_INPUT, load_data
+from llmprune.recovery.examples import IGNORED, WITH_INPUT, WITHOUT_INPUT, load_data
 
 RECORDS = [
     {"instruction": "Name a cat.", "input": "", "output": "Felix"},

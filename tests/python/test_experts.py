@@ -15,15 +15,15 @@ import transformers
 from torch import nn
 
 import llmprune
-from llmprune.apart import cut_alike
-from llmprune.calibration import load_calibration
-from llmprune.compact import gather, squeeze
+from llmprune.compaction.compact import gather, squeeze
+from llmprune.compaction.recheck import recheck
 from llmprune.errors import InputError, PlanError
-from llmprune.graph import Axis, Graph
-from llmprune.plan import Plan
-from llmprune.recheck import recheck
-from llmprune.repair import repair
-from llmprune.report import render_axes
+from llmprune.planning.apart import cut_alike
+from llmprune.planning.plan import Plan
+from llmprune.repair.repair import repair
+from llmprune.reporting.report import render_axes
+from llmprune.scoring.calibration import load_calibration
+from llmprune.tracing.graph import Axis, Graph
 
 BASE: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import llmprune
-from llmprune.apart import Around
 from llmprune.errors import InputError, LlmpruneError, PlanError
-from llmprune.graph import Axis, Graph
+from llmprune.planning.apart import Around
+from llmprune.tracing.graph import Axis, Graph
 
 IDS = torch.arange(10).reshape(2, 5) + 3
 RULES = {"forward", "backward", "equal shape", "index value", "part"}

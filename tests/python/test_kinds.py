@@ -13,9 +13,9 @@ from checkpoint_models import SIZES
 from checkpoint_models import build as build_family
 
 import llmprune
-from llmprune.checkpoint import load_model, save_pretrained
+from llmprune.checkpoints.checkpoint import load_model, save_pretrained
+from llmprune.compaction.verify import evaluating, outputs_of
 from llmprune.errors import PlanError
-from llmprune.verify import evaluating, outputs_of
 
 NO_WIDTHS = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
 MODELS: dict[str, Any] = {

@@ -15,9 +15,9 @@ from torch import nn
 
 import llmprune
 from llmprune.errors import InputError, PlanError
-from llmprune.graph import Graph
-from llmprune.layers import renamed
-from llmprune.plan import Plan
+from llmprune.planning.plan import Plan
+from llmprune.tracing.graph import Graph
+from llmprune.tracing.layers import renamed
 
 DEPTH = {"gpt2": "n_layer", "bloom": "n_layer", "t5": "num_layers"}
 

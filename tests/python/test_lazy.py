@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmprune import stream_io
 from llmprune.errors import CheckpointError
-from llmprune.lazy import Lazy, Value
-from llmprune.shards import read_header
-from llmprune.stream_io import Reader, write_shard
+from llmprune.out_of_core import stream_io
+from llmprune.out_of_core.lazy import Lazy, Value
+from llmprune.out_of_core.shards import read_header
+from llmprune.out_of_core.stream_io import Reader, write_shard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64, torch.bool)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llmprune import tape as codes
-from llmprune.graph import Graph
-from llmprune.prune import traced_tokens
-from llmprune.tape import Tape
+from llmprune.pipeline.prune import traced_tokens
+from llmprune.tracing import tape as codes
+from llmprune.tracing.graph import Graph
+from llmprune.tracing.tape import Tape
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[list[Any]]:

@@ -15,8 +15,8 @@ from torch import nn
 
 import llmprune
 from llmprune.errors import InputError
-from llmprune.inputs import example_inputs
-from llmprune.scope import resolve
+from llmprune.tracing.inputs import example_inputs
+from llmprune.tracing.scope import resolve
 
 TEXT = {
     "vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,

@@ -15,12 +15,12 @@ from checkpoint_models import FAMILIES, build, expect, inputs, logits, read_with
 from torch import nn
 
 import llmprune
-from llmprune.checkpoint import load_model, save_pretrained
+from llmprune.checkpoints.checkpoint import load_model, save_pretrained
+from llmprune.compaction.norms import find_norms
+from llmprune.compaction.recheck import recheck
 from llmprune.errors import InputError
-from llmprune.norms import find_norms
-from llmprune.plan import Plan
-from llmprune.recheck import recheck
-from llmprune.trace import record
+from llmprune.planning.plan import Plan
+from llmprune.tracing.trace import record
 
 
 def removal(graph: Any, kind: str = "channel") -> dict[int, list[int]]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from llmprune import logbook, pages, published
 from llmprune.cli import main
 from llmprune.errors import InputError
+from llmprune.reporting import logbook, pages, published
 
 LAYERS = 3
 

@@ -13,7 +13,7 @@ from compact_plans import llama
 from torch import nn
 
 from llmprune.errors import InputError
-from llmprune.perplexity import perplexity
+from llmprune.evaluation.perplexity import perplexity
 
 
 class Letters:

@@ -18,9 +18,9 @@ from zeroed_reference import cast, check_axes, difference, output, removals, see
 
 import llmprune
 from llmprune.errors import PlanError, VerificationError
-from llmprune.graph import Axis, Graph
-from llmprune.tape import leaves
-from llmprune.trace import record
+from llmprune.tracing.graph import Axis, Graph
+from llmprune.tracing.tape import leaves
+from llmprune.tracing.trace import record
 
 IDS = torch.arange(10).reshape(2, 5) + 3
 

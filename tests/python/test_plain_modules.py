@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from zeroed_reference import cast, check_axes, difference, output, seeded, sizes
 
 import llmprune
-from llmprune.graph import Graph
+from llmprune.tracing.graph import Graph
 
 Make = Callable[[], nn.Module]
 

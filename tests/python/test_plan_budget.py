@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sized_graph import Decoder, SizedGraph, decoder
 
-from llmprune.allocation import Candidate, layer_of, protected, rank, stacks
 from llmprune.errors import InputError, PlanError
-from llmprune.plan import plan
+from llmprune.planning.allocation import Candidate, layer_of, protected, rank, stacks
+from llmprune.planning.plan import plan
 
-PLAN: Any = plan  # the stand-in graph is no llmprune.graph.Graph
+PLAN: Any = plan  # the stand-in graph is no llmprune.tracing.graph.Graph
 
 
 def scored(g: SizedGraph, seed: int = 0) -> dict[int, np.ndarray]:

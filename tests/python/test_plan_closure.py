@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sized_graph import Decoder, SizedGraph, decoder
 
-from llmprune.closure import close
-from llmprune.equations import System, evaluate
 from llmprune.errors import PlanError
+from llmprune.planning.closure import close
+from llmprune.tracing.equations import System, evaluate
 
 
 def closed(g: SizedGraph, removed: dict[int, int]) -> dict[int, int]:

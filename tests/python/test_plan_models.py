@@ -12,7 +12,7 @@ import transformers
 
 import llmprune
 from llmprune.errors import PlanError
-from llmprune.plan import Plan
+from llmprune.planning.plan import Plan
 
 SIZES = {
     "vocab_size": 37,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sized_graph import decoder
 
 from llmprune.errors import InputError, PlanError
-from llmprune.plan import Plan, plan
-from llmprune.runs import decode_indices, encode_indices
+from llmprune.planning.plan import Plan, plan
+from llmprune.planning.runs import decode_indices, encode_indices
 
-PLAN: Any = plan  # the stand-in graph is no llmprune.graph.Graph
+PLAN: Any = plan  # the stand-in graph is no llmprune.tracing.graph.Graph
 
 
 @given(st.sets(st.integers(0, 60)))
@@ -108,7 +108,7 @@ def made() -> Plan:
 
 
 def test_a_plan_survives_json_and_files(tmp_path: Path) -> None:
-    pytest.importorskip("llmprune.graph")
+    pytest.importorskip("llmprune.tracing.graph")
     p = made()
     assert Plan.from_json(json.loads(json.dumps(p.to_json()))) == p
     path = tmp_path / "plan.json"
@@ -136,7 +136,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "removed": {"a": "0"}}'])
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
-    pytest.importorskip("llmprune.graph")
+    pytest.importorskip("llmprune.tracing.graph")
     path = tmp_path / "plan.json"
     path.write_text(text)
     with pytest.raises(PlanError, match="plan"):

@@ -13,7 +13,7 @@ from folders import TEXT, tokenizer
 
 import llmprune
 from llmprune.errors import InputError, LlmpruneError, VerificationError
-from llmprune.prune import traced_tokens
+from llmprune.pipeline.prune import traced_tokens
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -149,7 +149,7 @@ def test_a_plan_that_fails_verification_is_not_applied(
 ) -> None:
     import importlib
 
-    planning = importlib.import_module("llmprune.plan")
+    planning = importlib.import_module("llmprune.planning.plan")
     real = planning.plan
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ def test_an_interrupt_in_a_stage_leaves_the_model_as_it_was(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C somewhere inside the stage: in the model's own forward pass where it runs, else as it begins."""
-    from llmprune.stages import Stages
+    from llmprune.pipeline.stages import Stages
 
     class Interrupting(Stages):
         def stage(self, name: str, doing: str = "") -> Any:
@@ -199,7 +199,7 @@ def test_an_interrupt_in_a_stage_leaves_the_model_as_it_was(
     if stage == "plan":
         import importlib
 
-        planning = importlib.import_module("llmprune.selection")
+        planning = importlib.import_module("llmprune.planning.selection")
         real = planning.close
         monkeypatch.setattr(planning, "close", lambda *args: interrupt() or real(*args))
     mlp = model.model.layers[1].mlp

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from tiny_models import build
 
 import llmprune
-from llmprune import prune_stream
+from llmprune.checkpoints.loading import load_model
 from llmprune.cli import main
 from llmprune.errors import VerificationError
-from llmprune.loading import load_model
-from llmprune.prune_stream import prune_streamed
-from llmprune.stored import open_model
+from llmprune.out_of_core.stored import open_model
+from llmprune.pipeline import prune_stream
+from llmprune.pipeline.prune_stream import prune_streamed
 
 DEMO = Path(__file__).parents[2] / "demo"
 

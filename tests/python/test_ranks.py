@@ -16,7 +16,7 @@ from folders import make_folder
 from ranks_worker import all_scores
 
 from llmprune.cli import main
-from llmprune.plan import Plan
+from llmprune.planning.plan import Plan
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo to connect processes with", allow_module_level=True)

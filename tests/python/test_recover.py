@@ -20,9 +20,9 @@ from folders import TEXT, make_folder, tokenizer
 from test_cli import run
 
 import llmprune
+from llmprune.checkpoints.loading import load_model
 from llmprune.errors import CheckpointError, InputError, RecoveryError
-from llmprune.loading import load_model
-from llmprune.recover import linear_maps, recover
+from llmprune.recovery.recover import linear_maps, recover
 
 pytest.importorskip("peft", reason="recovery needs peft (llmprune[recover])")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -156,7 +156,7 @@ def test_straight_after_pruning_and_twice_the_same(folder: Path) -> None:
 
 def test_the_best_state_by_validation_is_taken(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation losses are replaced, so that the second checkpoint is the best of four."""
-    from llmprune.training import Recoverer
+    from llmprune.recovery.training import Recoverer
 
     made = iter([9.0, 3.0, 1.0, 2.0, 4.0])
     states: list[dict[str, torch.Tensor]] = []
@@ -247,7 +247,7 @@ def test_other_families(tmp_path: Path) -> None:
 
 
 def test_a_teachers_divergence() -> None:
-    from llmprune.training import divergence
+    from llmprune.recovery.training import divergence
 
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(5, 11, generator=generator) for _ in range(2))
@@ -256,8 +256,8 @@ def test_a_teachers_divergence() -> None:
 
 
 def test_stored_logits_are_the_teachers(folder: Path, tmp_path: Path) -> None:
-    from llmprune.examples import load_data
-    from llmprune.training import Collator, Examples, StoredLogits, divergence
+    from llmprune.recovery.examples import load_data
+    from llmprune.recovery.training import Collator, Examples, StoredLogits, divergence
 
     teacher, student = load_model(folder), load_model(folder)
     torch.manual_seed(5)
@@ -347,7 +347,7 @@ def test_a_loss_that_explodes_stops_and_leaves_the_model_as_it_was(pruned: Path,
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmprune.training import Guard
+    from llmprune.recovery.training import Guard
 
     real = Guard.on_pre_optimizer_step
     seen: dict[str, torch.Tensor] = {}

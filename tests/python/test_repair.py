@@ -12,13 +12,13 @@ from tiny_models import build
 from torch import nn
 
 import llmprune
-from llmprune.calibration import Batch, load_calibration
-from llmprune.consumers import Taps, Use
+from llmprune.compaction.recheck import recheck
 from llmprune.errors import InputError, PlanError
-from llmprune.least_squares import fit
-from llmprune.recheck import recheck
-from llmprune.repair import repair
-from llmprune.sampling import long_calibration
+from llmprune.repair.consumers import Taps, Use
+from llmprune.repair.least_squares import fit
+from llmprune.repair.repair import repair
+from llmprune.scoring.calibration import Batch, load_calibration
+from llmprune.scoring.sampling import long_calibration
 
 DEMO = Path(__file__).parents[2] / "demo"
 
@@ -171,7 +171,7 @@ def test_too_few_tokens_never_make_held_out_text_worse(seed: int) -> None:
 def test_the_demo_model_keeps_more_of_what_it_knew() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from llmprune.perplexity import perplexity
+    from llmprune.evaluation.perplexity import perplexity
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     text = (DEMO / "eval.txt").read_text(encoding="utf-8")[:20000]

@@ -15,11 +15,11 @@ from real_data import DATA, needs_data
 from test_cli import run
 from transformers import GlmConfig, GlmForCausalLM
 
+from llmprune.checkpoints.loading import load_model
 from llmprune.errors import InputError
-from llmprune.loading import load_model
-from llmprune.perplexity import score_text
-from llmprune.reproduce import PRESETS, ROWS, Reproduction, Sources, reproduce
-from llmprune.texts import read_text
+from llmprune.evaluation.perplexity import score_text
+from llmprune.evaluation.texts import read_text
+from llmprune.experiments.reproduce import PRESETS, ROWS, Reproduction, Sources, reproduce
 
 pytest.importorskip("peft", reason="the tuned rows need peft (llmprune[recover])")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -58,7 +58,7 @@ def test_the_table_and_the_experiments(
     out = tmp_path / "out"
     rows = ["dense", "l2", "channel", "element1", "element1 tuned"]
     options: dict[str, Any] = {"rows": rows, "tasks": False, "tuning": TUNING, "quiet": True}
-    monkeypatch.setattr("llmprune.reproduce.AMOUNTS", (12, 100))
+    monkeypatch.setattr("llmprune.experiments.reproduce.AMOUNTS", (12, 100))
     result = reproduce("llama-7b", folder, data, out, also={"a twin": folder}, **options)
     figures = {name: row["evaluation"] for name, row in result.rows.items()}
     assert list(figures) == [*rows, "a twin"]
@@ -102,7 +102,7 @@ def test_the_table_and_the_experiments(
     measured: list[str] = []
 
     monkeypatch.setattr(
-        "llmprune.reproduce._Bench._measure",
+        "llmprune.experiments.reproduce._Bench._measure",
         lambda self, row: (measured.append(row.name), result.rows["l2"])[1],
     )
     again = reproduce("llama-7b", folder, data, out, **options)

@@ -14,12 +14,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import llmprune
-from llmprune import request as module
 from llmprune.errors import InputError, PlanError
-from llmprune.inputs import example_inputs
-from llmprune.report import render
-from llmprune.request import Request, RequestTime, fast_multiple, fitting, measure_request
-from llmprune.timing import Sample, Table
+from llmprune.machine.timing import Sample, Table
+from llmprune.planning import request as module
+from llmprune.planning.request import Request, RequestTime, fast_multiple, fitting, measure_request
+from llmprune.reporting.report import render
+from llmprune.tracing.inputs import example_inputs
 
 CPU = torch.device("cpu")
 

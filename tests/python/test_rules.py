@@ -15,8 +15,8 @@ from zeroed_reference import check_axes, seeded, sizes
 
 import llmprune
 from llmprune.errors import InputError, TraceError
-from llmprune.graph import Graph
-from llmprune.report import render_axes
+from llmprune.reporting.report import render_axes
+from llmprune.tracing.graph import Graph
 
 
 @torch.library.custom_op("rules_test::rms_norm", mutates_args=())
@@ -71,7 +71,7 @@ NORM = ("rules_test::rms_norm", "... d, d, d -> ... d")
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    from llmprune import rules
+    from llmprune.tracing import rules
 
     before = dict(rules._registered)
     yield

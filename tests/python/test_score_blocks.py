@@ -13,13 +13,14 @@ from scoring import AGGREGATIONS, IMPORTANCES, ids_of, model_of, whole_graph, wo
 from tiny_models import FAMILIES, build
 
 import llmprune
-from llmprune import block_memory, block_stream, loss
-from llmprune.budget import parse_bytes, resident_memory, spell_bytes
+from llmprune.checkpoints.loading import load_model
+from llmprune.checkpoints.record import fingerprint
 from llmprune.errors import CheckpointError, InputError
-from llmprune.loading import load_model
-from llmprune.record import fingerprint
-from llmprune.score import score
-from llmprune.stored import open_model, opened, source_of
+from llmprune.machine.budget import parse_bytes, resident_memory, spell_bytes
+from llmprune.out_of_core import block_memory, block_stream
+from llmprune.out_of_core.stored import open_model, opened, source_of
+from llmprune.scoring import loss
+from llmprune.scoring.score import score
 
 ARCHITECTURES = (
     "llama_mha",
@@ -91,8 +92,8 @@ def test_no_schedule_changes_the_scores(monkeypatch, place, name, importance):
     want = score(whole, graph, ids_of(), importance=importance)
     monkeypatch.setattr(loss, "SLICE_BYTES", 1)
     monkeypatch.setattr(loss, "SLICE_ROWS", 9)
-    monkeypatch.setattr("llmprune.reading.SLICE_BYTES", 1000)
-    monkeypatch.setattr("llmprune.reduction.SLICE_BYTES", 1000)
+    monkeypatch.setattr("llmprune.out_of_core.reading.SLICE_BYTES", 1000)
+    monkeypatch.setattr("llmprune.scoring.reduction.SLICE_BYTES", 1000)
     for size, buffers, on_disk, fold in ((2, 1, True, True), (1, 2, True, False), (5, 1, False, True)):
         schedule = block_memory.Schedule(size, buffers, on_disk, fold, on_disk, 0, 0)
         monkeypatch.setattr(block_stream, "choose", lambda *_, schedule=schedule: schedule)

@@ -13,9 +13,9 @@ import torch
 from scoring import ids_of, model_of, worst
 
 import llmprune
-from llmprune.boundaries import Journal
-from llmprune.budget import parse_bytes
-from llmprune.score import score
+from llmprune.machine.budget import parse_bytes
+from llmprune.out_of_core.boundaries import Journal
+from llmprune.scoring.score import score
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 import llmprune
-from llmprune.score import score
+from llmprune.scoring.score import score
 ids = torch.randint(0, 4000, (8, 64), generator=torch.Generator().manual_seed(1))
 try:
     score(sys.argv[1], None, ids, importance=sys.argv[3], stream=True, memory_budget=int(sys.argv[2]), quiet=True)
@@ -76,8 +76,8 @@ def test_the_process_stays_below_its_budget(tmp_path, importance):
 _KILLED = """
 import os, signal, sys
 import torch
-from llmprune import boundaries
-from llmprune.score import score
+from llmprune.out_of_core import boundaries
+from llmprune.scoring.score import score
 after = int(sys.argv[2])
 count = 0
 original = boundaries.Journal.put

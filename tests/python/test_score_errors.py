@@ -11,7 +11,7 @@ import transformers
 from scoring import VOCABULARY, ids_of, model_of, whole_graph
 
 from llmprune.errors import CalibrationError, InputError, LlmpruneError
-from llmprune.score import score
+from llmprune.scoring.score import score
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from scoring import VOCABULARY, gradients, ids_of, model_of, oracle, whole_graph, worst
 from torch.nn import functional as F
 
-from llmprune import loss
-from llmprune.loss import fused_loss, label_losses, next_token_losses
-from llmprune.score import score
+from llmprune.scoring import loss
+from llmprune.scoring.loss import fused_loss, label_losses, next_token_losses
+from llmprune.scoring.score import score
 
 
 def random(*shape, seed=0, dtype=torch.float32):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scoring import AGGREGATIONS, IMPORTANCES, gradients, ids_of, model_of, oracle, whole_graph, worst
 
-from llmprune.score import score
+from llmprune.scoring.score import score
 
 ARCHITECTURES = (
     "llama_mha",

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmprune import loss, recompute, reduction, streaming
-from llmprune.score import score
+from llmprune.scoring import loss, recompute, reduction, streaming
+from llmprune.scoring.score import score
 
 DERIVED = ("vector", "element1", "element2")
 
@@ -81,7 +81,7 @@ def test_the_schedules_do_what_they_say(monkeypatch):
 
 
 def routes(caplog, model, graph, importance, **options):
-    with caplog.at_level(logging.INFO, logger="llmprune.streaming"):
+    with caplog.at_level(logging.INFO, logger="llmprune.scoring.streaming"):
         caplog.clear()
         score(model, graph, ids_of(), importance=importance, **options)
     (line,) = [r for r in caplog.records if "parameters streamed" in r.message]

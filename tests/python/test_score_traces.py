@@ -7,7 +7,7 @@ import torch
 from scoring import ids_of, model_of, plain_losses, whole_graph
 from torch.nn.modules import module as module_hooks
 
-from llmprune.score import score
+from llmprune.scoring.score import score
 
 
 def prepared():

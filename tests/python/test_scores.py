@@ -9,9 +9,9 @@ import pytest
 import torch
 from scoring import gradients, ids_of, model_of, whole_graph, worst
 
-from llmprune import importance as registry
 from llmprune.errors import InputError
-from llmprune.score import AGGREGATIONS, Scores, score
+from llmprune.scoring import importance as registry
+from llmprune.scoring.score import AGGREGATIONS, Scores, score
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmprune.errors import CheckpointError
-from llmprune.shards import DTYPES, INDEX, find_tensors, read_header
+from llmprune.out_of_core.shards import DTYPES, INDEX, find_tensors, read_header
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from llmprune.interrupts import deferred_interrupts
-from llmprune.stages import Stages
+from llmprune.machine.interrupts import deferred_interrupts
+from llmprune.pipeline.stages import Stages
 
 
 def test_time_and_peak_of_each_stage() -> None:

@@ -17,13 +17,13 @@ from test_layers import deep
 from torch import nn
 
 import llmprune
+from llmprune.compaction.recheck import recheck
+from llmprune.compaction.verify import check_cache
 from llmprune.errors import InputError, PlanError, VerificationError
-from llmprune.graph import Graph
-from llmprune.inputs import example_inputs
-from llmprune.plan import Plan
-from llmprune.recheck import recheck
-from llmprune.sublayers import Part, silenced
-from llmprune.verify import check_cache
+from llmprune.planning.plan import Plan
+from llmprune.tracing.graph import Graph
+from llmprune.tracing.inputs import example_inputs
+from llmprune.tracing.sublayers import Part, silenced
 
 IDS = torch.arange(5, 21).reshape(2, 8)
 FREE: dict[str, Any] = {"protect_first": 0, "protect_last": 0}
@@ -239,7 +239,7 @@ def test_a_cache_that_nothing_fills_is_noticed(llama: nn.Module, graph: Graph) -
     with silenced(llama, [part]):
         check_cache(llama, llama, {"input_ids": IDS})
     small = copy.deepcopy(llama)
-    llmprune.modeling_llmprune.drop(
+    llmprune.checkpoints.modeling_llmprune.drop(
         small, {part.path: {"input": part.input, "output": part.output, "entries": part.entries}}
     )
     with pytest.raises(VerificationError, match="cache"):

@@ -13,8 +13,11 @@ import torch
 from folders import make_folder
 
 import llmprune
-from llmprune import sweep as module
-from llmprune.baselines import (
+from llmprune.cli import main
+from llmprune.compaction.compact import compacted_copy
+from llmprune.errors import InputError, PlanError
+from llmprune.experiments import sweep as module
+from llmprune.experiments.baselines import (
     cut_independently,
     cut_matrices,
     independent_positions,
@@ -23,13 +26,10 @@ from llmprune.baselines import (
     zero_elements,
     zero_independently,
 )
-from llmprune.calibration import load_calibration
-from llmprune.cli import main
-from llmprune.compact import compacted_copy
-from llmprune.errors import InputError, PlanError
-from llmprune.experiments import DEFAULTS, EXPERIMENTS, FORMS, Facts, grid, settled
-from llmprune.plots import draw, shown
-from llmprune.sweep import Bench, Inputs, Sweep
+from llmprune.experiments.experiments import DEFAULTS, EXPERIMENTS, FORMS, Facts, grid, settled
+from llmprune.experiments.sweep import Bench, Inputs, Sweep
+from llmprune.reporting.plots import draw, shown
+from llmprune.scoring.calibration import load_calibration
 
 WINDOWS = 4
 
@@ -350,7 +350,7 @@ def test_a_plot_of_seeds_shows_their_median(bench: Bench) -> None:
         {**DEFAULTS, "importance": "random", "seed": seed, "perplexity": value, "dense perplexity": 2.0}
         for seed, value in enumerate((9.0, 4.0, 5.0))
     ]
-    from llmprune.plots import _grouped
+    from llmprune.reporting.plots import _grouped
 
     assert _grouped(EXPERIMENTS["importance"], rows, "perplexity") == {"groups": [("random", 5.0)]}
     assert draw(EXPERIMENTS["importance"], rows, "m") == draw(EXPERIMENTS["importance"], rows, "m")

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import llmprune
 from llmprune.errors import InputError, PlanError
-from llmprune.footprint import Memory
-from llmprune.graph import Graph
-from llmprune.inputs import example_inputs
-from llmprune.prune import model_bytes, traced_tokens
-from llmprune.recording import cached_tensors
-from llmprune.targets import target_of
+from llmprune.pipeline.prune import model_bytes, traced_tokens
+from llmprune.planning.footprint import Memory
+from llmprune.planning.targets import target_of
+from llmprune.tracing.graph import Graph
+from llmprune.tracing.inputs import example_inputs
+from llmprune.tracing.recording import cached_tensors
 
 CACHING = ("llama", "qwen3", "gpt2", "falcon", "bloom", "gpt_neox", "mamba", "t5", "whisper")
 COUNTED = ("llama", "qwen3", "phi3", "gpt2", "falcon", "opt", "bert", "t5", "vit", "convnext", "whisper")

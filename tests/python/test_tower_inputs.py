@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 import llmprune
-from llmprune.inputs import example_inputs
-from llmprune.towers import token_count
+from llmprune.tracing.inputs import example_inputs
+from llmprune.tracing.towers import token_count
 
 TEXT = {
     "vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 3,

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, build
 from torch import nn
 
 from llmprune.errors import InputError
-from llmprune.inputs import example_inputs
+from llmprune.tracing.inputs import example_inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)

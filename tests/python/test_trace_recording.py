@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from llmprune.errors import InputError, TraceError
-from llmprune.tape import TENSOR, TENSORS, Tape, arguments
-from llmprune.trace import record
+from llmprune.tracing.tape import TENSOR, TENSORS, Tape, arguments
+from llmprune.tracing.trace import record
 
 MEANING: dict[str, Callable[..., int]] = {
     "+": operator.add,

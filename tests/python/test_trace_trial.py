@@ -8,8 +8,8 @@ from tiny_models import build
 from torch import nn
 
 import llmprune
-from llmprune.blocks import find_excerpt
-from llmprune.trace import record
+from llmprune.tracing.blocks import find_excerpt
+from llmprune.tracing.trace import record
 
 
 def prunable(graph: llmprune.Graph) -> dict[str, list[int]]:

@@ -14,10 +14,10 @@ import torch
 from compact_plans import FFN, GROUPS, attribute, ids, keep, llama, llama_plan
 from torch import nn
 
+from llmprune.checkpoints.reload import _difference
+from llmprune.compaction.masked_ops import kept_positions
+from llmprune.compaction.verify import compared_outputs, verify
 from llmprune.errors import InputError, VerificationError
-from llmprune.masked_ops import kept_positions
-from llmprune.reload import _difference
-from llmprune.verify import compared_outputs, verify
 
 FFN_CUT = {0: [1, 5, 18], 1: [0, 2, 3]}
 HEAD_CUT = {0: [1], 1: [0]}
@@ -329,7 +329,7 @@ def test_groups_and_ffn_of_a_small_batch_without_a_mask() -> None:
 def test_a_faint_difference_passes_only_if_the_model_makes_as_much_of_rounding(
     unrest: float, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("llmprune.verify")
+    module = importlib.import_module("llmprune.compaction.verify")
     real = module.outputs_of
 
     def blurred(*args: Any) -> Any:
@@ -353,7 +353,7 @@ def test_a_faint_difference_passes_only_if_the_model_makes_as_much_of_rounding(
 
 
 def test_how_far_outputs_move_by_rounding_is_measured_and_leaves_the_model_alone() -> None:
-    module = importlib.import_module("llmprune.verify")
+    module = importlib.import_module("llmprune.compaction.verify")
     model = llama()
     before, plan, inputs = state(model), llama_plan(model, FFN_CUT, HEAD_CUT), batch()
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Does every axis of a module come out whole?  The compacted copy against one whose removed positions are zero.
 
-Nothing of :mod:`llmprune.verify` is used: the reference is a copy with zeros written into it. Only operations that
-normalise over a removed axis run over the kept positions (:mod:`llmprune.masked_ops`), as the definition wants.
+Nothing of :mod:`llmprune.compaction.verify` is used: the reference is a copy with zeros written into it. Only
+operations that normalise over a removed axis run over the kept positions (:mod:`llmprune.compaction.masked_ops`), as
+the definition wants.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import llmprune
-from llmprune.masked_ops import kept_positions
+from llmprune.compaction.masked_ops import kept_positions
 
 TOLERANCE = 1e-9
 

@@ -1,0 +1,1 @@
+"""Removes what a plan removes, in place, and checks that the result equals its masked reference."""

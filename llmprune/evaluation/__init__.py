@@ -1,0 +1,1 @@
+"""Measures a model: perplexity, zero-shot tasks, generation, latency."""

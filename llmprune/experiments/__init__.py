@@ -1,0 +1,1 @@
+"""Compares: sweeps over settings, the paper's tables, baselines."""

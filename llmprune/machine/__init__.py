@@ -1,0 +1,1 @@
+"""Knows the machine: its processors, memory and clocks, CUDA or why not, signals."""

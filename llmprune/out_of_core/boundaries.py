@@ -1,0 +1,188 @@
+"""What passes the borders of blocks while a model is scored block by block: in memory, or on disk.
+
+With a :class:`Journal`, what every block gave, forward and backward, is on disk before the next one begins, so that a
+process that is killed can be followed by another that goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llmprune.checkpoints.atomic import write_file
+from llmprune.errors import CheckpointError, InputError
+from llmprune.out_of_core.reading import forget
+from llmprune.scoring.reduction import Sums
+
+_SIGNATURE = "signature.json"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file whole and have the disk hold it; the page cache is not filled with it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    temporary = path.with_suffix(".partial")
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            forget(descriptor, 0, 0)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"what passes between blocks cannot be written to {path.parent} ({error}): free some space there"
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What :func:`write_tensors` wrote."""
+    with safe_open(path, framework="pt", backend="pread") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+class Boundaries:
+    """Tensors that autograd keeps at the borders of blocks: as they are, or in files of a folder of their own.
+
+    Args:
+        on_disk: Whether in files.
+        journal: Where blocks' results are on disk already; these are not written again.
+    """
+
+    def __init__(self, on_disk: bool, journal: Journal | None):
+        self._on_disk, self._journal = on_disk, journal
+        self._folder: Path | None = None
+        self._count = 0
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Put a tensor away."""
+        if not self._on_disk:
+            return tensor
+        held = None if self._journal is None else self._journal.place_of(tensor)
+        if held is not None:
+            return held
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="llmprune-blocks-"))
+        path = self._folder / f"{self._count}.safetensors"
+        self._count += 1
+        write_tensors(path, {"0": tensor})
+        return path, "0", True
+
+    @staticmethod
+    def unpack(kept: Any) -> torch.Tensor:
+        """Get it back; a file that nobody else reads goes."""
+        if isinstance(kept, torch.Tensor):
+            return kept
+        path, name, own = kept
+        tensor = read_tensors(path)[name] if own else _read_one(path, name)
+        if own:
+            path.unlink()
+        return tensor
+
+    def close(self) -> None:
+        """Remove the folder."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read_one(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt", backend="pread") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+class Journal:
+    """A folder with the results of blocks that are done.
+
+    Args:
+        folder: Made if it does not exist. One that holds anything but a journal is refused.
+        signature: What the results depend on (JSON values); results of another signature are removed.
+
+    Attributes:
+        found: How many results an earlier process has left.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+
+    def __init__(self, folder: Path, signature: Mapping[str, Any]):
+        self.folder = folder
+        text = json.dumps(signature, sort_keys=True)
+        here = sorted(folder.iterdir()) if folder.is_dir() else []
+        if here and not (folder / _SIGNATURE).is_file():
+            raise InputError(f"{folder} holds no state of llmprune: give another folder for it")
+        if not here or (folder / _SIGNATURE).read_text(encoding="utf-8") != text:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_file(folder / _SIGNATURE, text.encode())
+        self.found = sum(path.suffix == ".npz" or path.suffix == ".safetensors" for path in folder.iterdir())
+        self._last: list[tuple[int, int, str]] = []
+        self._path = folder
+
+    def _tensors(self, kind: str, number: int | str) -> Path:
+        return self.folder / f"{kind}-{number}.safetensors"
+
+    def put(self, kind: str, number: int | str, tensors: Sequence[torch.Tensor | None]) -> None:
+        """Write down a result; None entries stay None."""
+        path = self._tensors(kind, number)
+        write_tensors(path, {str(i): t for i, t in enumerate(tensors) if t is not None})
+        self._last = [(t.data_ptr(), t.numel(), str(i)) for i, t in enumerate(tensors) if t is not None]
+        self._path = path
+
+    def get(self, kind: str, number: int | str, count: int) -> list[torch.Tensor | None] | None:
+        """A result of ``count`` tensors; None if it has not been written down."""
+        path = self._tensors(kind, number)
+        if not path.is_file():
+            return None
+        tensors = read_tensors(path)
+        self._last = [(t.data_ptr(), t.numel(), name) for name, t in tensors.items()]
+        self._path = path
+        return [tensors.get(str(i)) for i in range(count)]
+
+    def place_of(self, tensor: torch.Tensor) -> tuple[Path, str, bool] | None:
+        """Where a tensor lies if it is part of the latest result."""
+        for address, length, name in self._last:
+            if (tensor.data_ptr(), tensor.numel()) == (address, length):
+                return self._path, name, False
+        return None
+
+    def put_sums(self, number: int | str, sums: Sums) -> None:
+        """Write down what a block's parameters came to."""
+        target = self.folder / f"sums-{number}.npz"
+        temporary = target.with_suffix(".partial")
+        with temporary.open("wb") as file:
+            arrays = {f"{name}/{dim}": a for name, dims in sums.items() for dim, a in enumerate(dims)}
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+
+    def get_sums(self, number: int | str) -> Sums | None:
+        """What :meth:`put_sums` wrote; None if it has not."""
+        path = self.folder / f"sums-{number}.npz"
+        if not path.is_file():
+            return None
+        sums: Sums = {}
+        with np.load(path, allow_pickle=False) as data:
+            for key in data.files:
+                sums.setdefault(key.rpartition("/")[0], []).append(data[key])
+        return sums
+
+    def remove(self) -> None:
+        """The job is done: take the folder away."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Joins the stages into one call: trace, score, plan, compact, repair, save."""

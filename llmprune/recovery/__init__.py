@@ -1,0 +1,1 @@
+"""Trains what was lost back: LoRA or full, on text, instructions or a teacher's predictions."""

@@ -1,0 +1,1 @@
+"""Makes up for what went: least squares on the consumers of a pruned axis."""

@@ -1,0 +1,1 @@
+"""Tells what happened: logs of runs, tables, plots, and pages."""
