@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmprune.meta_results import KEEP_TYPE, concatenation, elementwise
+
+from llmprune.tracing.meta_results import KEEP_TYPE, concatenation, elementwise
 
 
 @st.composite
