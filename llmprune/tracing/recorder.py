@@ -409,11 +409,7 @@ class Recorder(TorchDispatchMode):
         Returns:
             The result, and the shadows of its tensors in order (None: it has none).
         """
-        known = True
-        for tid in tids:
-            if tid not in self._shadows:
-                known = False
-                break
+        known = all(map(self._shadows.__contains__, tids))
         device = kwargs.get("device")
         if not tensors and "device" in operator.names:  # a model is on one device, which is meta for now
             kwargs = {**kwargs, "device": _META}
@@ -434,17 +430,7 @@ class Recorder(TorchDispatchMode):
         if not all(on_meta):
             args, kwargs = _replace(args, self._twin), {k: _replace(v, self._twin) for k, v in kwargs.items()}
         if not known:
-            if operator.mutated:
-                self._forget(operator, args, kwargs)
-            else:
-                out = None
-                if operator.keeps_type:
-                    out = elementwise(tensors)
-                elif operator.name == "aten::cat" and all(on_meta):
-                    out = concatenation(tensors, args[1] if len(args) > 1 else kwargs.get("dim", 0))
-                if out is not None:
-                    return out, None
-            return func(*args, **kwargs), None
+            return self._run_unknown(func, operator, args, kwargs, tensors, all(on_meta)), None
         try:
             out = func(*args, **kwargs)
         except NotImplementedError:  # no meta kernel: the values tell the sizes
@@ -458,6 +444,25 @@ class Recorder(TorchDispatchMode):
         if operator.name.startswith(("aten::empty", "aten::new_empty")):
             real.zero_()
         return out, list(_tensors(real))
+
+    def _run_unknown(
+        self,
+        func: Any,
+        operator: Operator,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
+        on_meta: bool,
+    ) -> Any:
+        """Run an operation of whose inputs not all have shadows: on meta alone, by a shortcut where one knows how."""
+        out = None
+        if operator.mutated:
+            self._forget(operator, args, kwargs)
+        elif operator.keeps_type:
+            out = elementwise(tensors)
+        elif operator.name == "aten::cat" and on_meta:
+            out = concatenation(tensors, args[1] if len(args) > 1 else kwargs.get("dim", 0))
+        return func(*args, **kwargs) if out is None else out
 
     def _run_dynamic(
         self, func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], known: bool

@@ -263,61 +263,18 @@ class _Block:
 
         Follows the stream (which nothing mixes), what is zero, and sums in which zeros took part already.
         """
-        shape = self.tape.tensors[main][0]
-        clean, zero, partly, mixed = {into}, set[int](), set[int](), set[int]()
-        found: tuple[int, int] | None = None
+        walk = _Walk(self.tape, self.tape.tensors[main][0], into)
         for number in self.ops:
             name, _, _, outputs, _ = self.tape.ops[number]
             reads = self.view.reads[number]
             if number in inside:  # what the child gets must come from the stream by norms alone
-                if any(tid in mixed for tid in reads):
+                if any(tid in walk.mixed for tid in reads):
                     return None
                 if main in outputs:
-                    zero.add(main)
-                continue
-            touched = [tid for tid in reads if tid in zero]
-            others = [tid for tid in reads if tid not in zero]
-            if not self.view.live[number]:
-                continue
-            if touched:
-                zero.difference_update(outputs)
-                sums = (
-                    joins(name)
-                    and len(touched) == len(others) == 1
-                    and self.tape.tensors[others[0]][0] == shape
-                )
-                if sums and name.startswith("aten::sub") and reads[0] in zero:
-                    return None
-                if sums:
-                    if others[0] in clean:
-                        found = others[0], touched[0]
-                        clean.update(outputs)
-                    else:
-                        partly.update(outputs)
-                        found = found or (into, touched[0])
-                elif name in _EITHER_ZERO or (name in _ZERO_STAYS and reads[0] in zero):
-                    zero.update(outputs)
-                elif name in ("aten::add", "aten::rsqrt", "aten::sqrt", "aten::reciprocal") and not others:
-                    continue  # the scale of a norm: any finite number, by which zero is multiplied
-                else:
-                    return None
-            elif any(tid in partly for tid in reads):
-                if joins(name) and any(tid in clean for tid in reads):
-                    clean.update(outputs)
-                elif name in _ZERO_STAYS or joins(name):
-                    partly.update(outputs)
-                else:
-                    return None
-            elif any(tid in mixed for tid in reads) or (mixes(name) and any(tid in clean for tid in reads)):
-                if joins(name) and any(tid in clean for tid in reads):
-                    clean.update(outputs)  # another branch joins
-                    mixed.difference_update(outputs)
-                else:
-                    clean.difference_update(outputs)
-                    mixed.update(outputs)
-            elif any(tid in clean for tid in reads):
-                clean.update(outputs)
-        return found if out in clean else None
+                    walk.zero.add(main)
+            elif self.view.live[number] and not walk.follow(name, reads, outputs):
+                return None
+        return walk.found if out in walk.clean else None
 
     def _kind(self, ops: Sequence[int]) -> tuple[str, frozenset[int]]:
         """The kind of a branch, and what it reads that no block made: masks, rotary tables."""
@@ -348,6 +305,78 @@ class _Block:
 
 
 # In a model
+
+
+class _Walk:
+    """What becomes of a block's stream where a branch gives zeros.
+
+    Args:
+        tape: the tape.
+        shape: shape of the branch.
+        into: the stream before the block.
+
+    Attributes:
+        clean: the stream, which nothing mixes.
+        zero: what is zero.
+        partly: sums in which zeros took part, not with the stream.
+        mixed: what was mixed from the stream.
+        found: what is added to what where the branch joins.
+    """
+
+    def __init__(self, tape: Tape, shape: Sequence[int], into: int) -> None:
+        self._tape = tape
+        self._shape = shape
+        self._into = into
+        self.clean, self.zero, self.partly, self.mixed = {into}, set[int](), set[int](), set[int]()
+        self.found: tuple[int, int] | None = None
+
+    def follow(self, name: str, reads: Sequence[int], outputs: Sequence[int]) -> bool:
+        """Take one operation in; whether the branch's zeros still change nothing but the sum."""
+        if any(tid in self.zero for tid in reads):
+            return self._follow_zero(name, reads, outputs)
+        from_clean = any(tid in self.clean for tid in reads)
+        if any(tid in self.partly for tid in reads):
+            if joins(name) and from_clean:
+                self.clean.update(outputs)
+            elif name in _ZERO_STAYS or joins(name):
+                self.partly.update(outputs)
+            else:
+                return False
+        elif any(tid in self.mixed for tid in reads) or (mixes(name) and from_clean):
+            if joins(name) and from_clean:
+                self.clean.update(outputs)  # another branch joins
+                self.mixed.difference_update(outputs)
+            else:
+                self.clean.difference_update(outputs)
+                self.mixed.update(outputs)
+        elif from_clean:
+            self.clean.update(outputs)
+        return True
+
+    def _follow_zero(self, name: str, reads: Sequence[int], outputs: Sequence[int]) -> bool:
+        touched = [tid for tid in reads if tid in self.zero]
+        others = [tid for tid in reads if tid not in self.zero]
+        subtracted = name.startswith("aten::sub") and reads[0] in self.zero
+        stays = name in _EITHER_ZERO or (name in _ZERO_STAYS and reads[0] in self.zero)
+        self.zero.difference_update(outputs)
+        if (
+            joins(name)
+            and len(touched) == len(others) == 1
+            and self._tape.tensors[others[0]][0] == self._shape
+        ):
+            if subtracted:
+                return False
+            if others[0] in self.clean:
+                self.found = others[0], touched[0]
+                self.clean.update(outputs)
+            else:
+                self.partly.update(outputs)
+                self.found = self.found or (self._into, touched[0])
+        elif stays:
+            self.zero.update(outputs)
+        else:  # the scale of a norm: any finite number, by which zero is multiplied
+            return name in ("aten::add", "aten::rsqrt", "aten::sqrt", "aten::reciprocal") and not others
+        return True
 
 
 def check_parts(model: nn.Module, parts: Iterable[Part]) -> None:
