@@ -19,6 +19,8 @@ import torch
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Candidates for the ridge, in units of the mean diagonal of the Gram matrix; leaving the weights alone is another."""
+_PROJECTIONS = 64
+"""Random directions in which candidates for the ridge are compared where outputs are many more."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,17 @@ class Inputs:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.mean = x[:-held].mean(0) if centred else None
         x = x if self.mean is None else x - self.mean
+        if stay is not None and len(stay) < x.shape[1]:
+            self.mean = None if self.mean is None else self.mean[stay]
+            x = x[:, stay]
         self.learn, self.judge = x[:-held], x[-held:]
-        self.stay = stay if stay is not None and len(stay) < x.shape[1] else None
-        width = x.shape[1] if self.stay is None else len(self.stay)
+        width = x.shape[1]
         self.dual = len(self.learn) < width
-        if self.dual:  # few rows: the columns are cheap to pick
-            rows = self._picked(self.learn.t())
-            self.gram = (rows.t() @ rows).double()
-        else:
-            self.gram = self._picked(self._picked((self.learn.t() @ self.learn).double()).t())
+        rows = self.learn if self.dual else self.learn.t()
+        self.gram = (rows @ rows.t()).double()
         self.scale = float(self.gram.diagonal().sum()) / width
         self._factors: dict[float, torch.Tensor | None] = {}
-
-    def _picked(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of a row for each input, those of the inputs that stay."""
-        return rows if self.stay is None else rows[self.stay]
-
-    def spread(self, change: torch.Tensor) -> torch.Tensor:
-        """A change (kept, out) as one of all inputs, (in, out)."""
-        if self.stay is None:
-            return change
-        full = change.new_zeros((self.learn.shape[1], change.shape[1]))
-        return full.index_copy_(0, self.stay, change)
+        self._heard: torch.Tensor | None = None
 
     def factor(self, ridge: float) -> torch.Tensor | None:
         """The Cholesky factor of the Gram matrix with a ridge; None where there is none."""
@@ -89,11 +80,17 @@ class Inputs:
 
     def right(self, r: torch.Tensor) -> torch.Tensor:
         """The right-hand side for outputs (tokens, out), float64."""
-        return r.double() if self.dual else self._picked(self.learn.t() @ r).double()
+        return r.double() if self.dual else (self.learn.t() @ r).double()
 
     def change(self, solution: torch.Tensor) -> torch.Tensor:
         """What a solution means for the kept inputs, (kept, out)."""
-        return self._picked(self.learn.t()).double() @ solution if self.dual else solution
+        return self.learn.t().double() @ solution if self.dual else solution
+
+    def missed(self, r: torch.Tensor, solution: torch.Tensor) -> float:
+        """Squared error that a solution leaves of the held-out outputs (held, out)."""
+        if self._heard is None:
+            self._heard = self.judge @ self.learn.t() if self.dual else self.judge
+        return float((r - self._heard @ solution.to(r.dtype)).double().square().sum())
 
 
 def fit(
@@ -128,20 +125,38 @@ def fit(
     right = inputs.right(learn)
     if not (0 < inputs.scale < float("inf") and bool(torch.isfinite(right).all())):
         return best
-    last = float("inf")
+    ridge = _best_ridge(inputs, right, judge, ridges)
+    if ridge is None:
+        return best
+    solution = torch.cholesky_solve(right, inputs.factor(ridge))
+    after = inputs.missed(judge, solution)
+    if after < best.after:
+        change, shift = inputs.change(solution), None
+        if mean is not None and inputs.mean is not None:
+            shift = mean.double() - inputs.mean.double() @ change
+        best = Fit(change, ridge, before, after, shift)
+    return best
+
+
+def _best_ridge(
+    inputs: Inputs, right: torch.Tensor, judge: torch.Tensor, ridges: Sequence[float]
+) -> float | None:
+    """The ridge of the least held-out error; None where no Gram matrix has a factor.
+
+    Of many outputs random projections are compared: the sum of squares over them is that over the outputs times a
+    number near one, which all candidates share (Johnson & Lindenstrauss 1984).
+    """
+    if judge.shape[1] > 2 * _PROJECTIONS:
+        draw = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (judge.shape[1], _PROJECTIONS), generator=draw) * 2.0 - 1.0
+        right, judge = right @ signs.to(right), judge @ signs.to(judge)
+    best, last = None, float("inf")
     for ridge in ridges:
         factor = inputs.factor(ridge)
         if factor is None:
             continue
-        change = inputs.change(torch.cholesky_solve(right, factor))
-        full = inputs.spread(change)
-        after = float((judge - inputs.judge @ full.to(judge.dtype)).double().square().sum())
-        if after < best.after:
-            shift = None
-            if mean is not None and inputs.mean is not None:
-                shift = mean.double() - inputs.mean.double() @ full
-            best = Fit(change, ridge, before, after, shift)
-        if after > last:
+        after = inputs.missed(judge, torch.cholesky_solve(right, factor))
+        if after >= last:
             break
-        last = after
+        best, last = ridge, after
     return best

@@ -13,6 +13,8 @@ RIDGE = 0.01
 """Added to the Gram matrix, in units of its mean diagonal."""
 ROUNDS = 8
 """A round of ``obs`` takes one in so many of the groups that are left, at least one."""
+WORTH = 0.8
+"""The share of the inputs that is left when those that went are dropped."""
 
 Positions = np.ndarray
 
@@ -73,8 +75,9 @@ class Shrinking:
         scale = float(gram.diagonal().mean()) or 1.0
         gram.diagonal().add_(RIDGE * scale)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self.weight: torch.Tensor = consumer.matrix.double().t() * consumer.curvature**0.5
+        self.weight: torch.Tensor = consumer.matrix.t().double() * consumer.curvature**0.5
         self.groups = torch.as_tensor(consumer.groups, device=gram.device)
+        self.left = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
 
     def errors(self, alive: torch.Tensor) -> torch.Tensor:
         """The output error of removing each group of ``alive``."""
@@ -88,10 +91,18 @@ class Shrinking:
         return (parts * solved).sum((1, 2))
 
     def remove(self, gone: torch.Tensor) -> None:
-        """Take groups out: what is left of the weight makes good for them."""
+        """Take groups out: what is left of the weight makes good for them.
+
+        What went is zero from then on, and is dropped once it is worth a copy of the rest.
+        """
         out = self.groups[gone].flatten()
-        left = torch.ones(len(self.inverse), dtype=torch.bool, device=out.device).index_fill_(0, out, False)
-        change = torch.linalg.solve(self.inverse[out][:, out], self.inverse[out][:, left])
-        self.weight = self.weight[:, left] - self.weight[:, out] @ change
-        self.inverse = self.inverse[left][:, left] - self.inverse[left][:, out] @ change
-        self.groups = (left.cumsum(0) - 1)[self.groups]
+        rows = self.inverse[out]
+        change = torch.linalg.solve(rows[:, out], rows)
+        self.weight.addmm_(self.weight[:, out], change, alpha=-1)
+        self.inverse.addmm_(rows.t(), change, alpha=-1)  # symmetric: a column that goes is its row
+        self.left[out] = False
+        stays = self.left.nonzero().squeeze(1)
+        if len(stays) < WORTH * len(self.left):
+            self.groups = (self.left.cumsum(0) - 1)[self.groups]
+            self.left = self.left[stays]
+            self.weight, self.inverse = self.weight[:, stays], self.inverse[stays[:, None], stays]
