@@ -128,7 +128,9 @@ def fit(
     ridge = _best_ridge(inputs, right, judge, ridges)
     if ridge is None:
         return best
-    solution = torch.cholesky_solve(right, inputs.factor(ridge))
+    factor = inputs.factor(ridge)
+    assert factor is not None
+    solution = torch.cholesky_solve(right, factor)
     after = inputs.missed(judge, solution)
     if after < best.after:
         change, shift = inputs.change(solution), None
