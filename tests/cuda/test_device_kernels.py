@@ -6,6 +6,9 @@ float32 and float64 lie within 1e-5 of it, 16-bit inputs too: their products are
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +109,40 @@ def test_linear_scores_of_a_large_layer_equal_the_cpus(order: int) -> None:
     for a, b, c in zip(got, want, again, strict=True):
         torch.testing.assert_close(added(a), added(b), rtol=1e-5, atol=0)
         assert torch.equal(a, c), "two runs differ"
+
+
+@pytest.mark.cuda
+def test_the_products_of_warpgroups_give_the_same_sums() -> None:
+    """In processes of their own: the kernel is chosen when the device is opened, and its trial may end them."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    code = """
+import sys, torch
+from llmprune import _core
+from llmprune.machine import cuda
+for dtype in (torch.bfloat16, torch.float16):
+    for out, features, samples, tokens in ((1024, 1536, 5, 128), (200, 264, 3, 100), (8, 8, 2, 17), (640, 128, 2, 193)):
+        torch.manual_seed(0)
+        w, x, dy = (torch.randn(n, m, device="cuda").to(dtype) for n, m in
+                    ((out, features), (samples * tokens, features), (samples * tokens, out)))
+        row, col = (torch.zeros(n, dtype=torch.float64, device="cuda") for n in (out, features))
+        _core.linear_scores(w, x, dy, samples, 2, row, col, **cuda.options(w))
+        print(*row.tolist(), *col.tolist())
+"""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "LLMPRUNE_CUDA_WGMMA": way},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        for way in ("0", "1")
+    ]
+    for run in runs:
+        assert run.returncode == 0, run.stderr
+    plain, groups = (np.array(run.stdout.split(), dtype=np.float64) for run in runs)
+    np.testing.assert_allclose(groups, plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

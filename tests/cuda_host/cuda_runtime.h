@@ -88,6 +88,29 @@ static inline void lp_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32
     simt_multiply_add(c, a, b0, b1, dtype == LP_BF16);
 }
 
+/* Products of warpgroups are done when they are waited for, no sooner; what they read must not change meanwhile, and what
+ * they write is NaN until then.  Shared memory begins at an address that only 128 divides. */
+#define LP_WARPGROUPS 1
+enum { SIMT_SHARED_BEGINS = 128 };
+unsigned lp_shared_address(const void *shared);
+void lp_copies_for_products();
+void lp_warpgroup_arrive();
+void lp_warpgroup_commit();
+void simt_warpgroup_wait(unsigned pending);
+template <int pending> static inline void lp_warpgroup_wait()
+{
+    simt_warpgroup_wait(pending);
+}
+static inline void lp_warpgroup_have(float (&)[16][4])
+{
+}
+void simt_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b, bool add, bool brain);
+template <lp_dtype dtype>
+static inline void lp_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b, bool add)
+{
+    simt_warpgroup_multiply_add(d, a, b, add, dtype == LP_BF16);
+}
+
 /* --- the runtime: device memory is memory ------------------------------------------------------------------------------ */
 
 typedef enum {
@@ -98,7 +121,7 @@ typedef enum {
 } cudaError_t;
 typedef struct simt_stream *cudaStream_t;
 typedef enum { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 } cudaStreamCaptureStatus;
-enum { cudaMemcpyHostToDevice = 1 };
+enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrMultiProcessorCount };
 
@@ -108,6 +131,8 @@ typedef struct {
     cudaError_t fail; /* of the next call that can fail, once */
     bool capturing;
     size_t launches;
+    bool slips; /* products of warpgroups come out wrong */
+    size_t products;
 } simt_device_state;
 extern simt_device_state simt_device;
 
@@ -120,6 +145,9 @@ cudaError_t cudaGetLastError(void);
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status);
+cudaError_t cudaMalloc(void **memory, size_t bytes);
+cudaError_t cudaFree(void *memory);
+cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, int kind);
 cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t bytes, int kind, cudaStream_t stream);
 }
 template <typename kernel_t> static inline cudaError_t cudaFuncSetAttribute(kernel_t, int, int)

@@ -41,6 +41,21 @@ struct warp_state {
     float sums[32][4];
 };
 
+/* What a warpgroup queued, and what it found in shared memory when it did. */
+struct product {
+    uint64_t a, b;
+    bool add, brain;
+    std::vector<uint16_t> operands;
+};
+
+struct warpgroup_state {
+    unsigned arrived = 0, asked = 0;
+    uint64_t generation = 0;
+    std::vector<std::vector<product>> groups = {{}}; /* oldest first; the last is open */
+    float (*sums[128])[4] = {};
+    float held[128][16][4];
+};
+
 struct copy {
     unsigned char *to;
     unsigned char bytes[16];
@@ -98,10 +113,12 @@ struct fiber {
     dim3 index;
     bool finished;
     std::vector<std::vector<copy>> copies; /* committed groups, oldest first; the last is open */
+    bool unseen;                           /* copies landed of which products do not know */
 };
 
 std::vector<fiber> fibers;
 std::vector<warp_state> warps;
+std::vector<warpgroup_state> warpgroups;
 std::vector<unsigned char> shared_memory;
 fiber *current;
 place scheduler;
@@ -231,7 +248,8 @@ warp_state &meet(const lane_input &input)
 void run_block(unsigned threads, size_t shared)
 {
     warps.assign(threads / 32, warp_state());
-    shared_memory.assign(shared + 128, 0xff);
+    warpgroups.assign(threads / 128, warpgroup_state());
+    shared_memory.assign(shared + 1024, 0xff);
     barrier_arrived = 0;
     for (unsigned t = 0; t < threads; t++) {
         fiber &f = fibers[t];
@@ -241,6 +259,7 @@ void run_block(unsigned threads, size_t shared)
         f.index = dim3(t);
         f.finished = false;
         f.copies.assign(1, {});
+        f.unseen = false;
         prepare(&f.context, f.stack.get(), STACK, run_fiber);
     }
     for (unsigned left = threads; left > 0;) {
@@ -260,12 +279,86 @@ void run_block(unsigned threads, size_t shared)
             give_up("the threads of a block wait for each other in vain");
     }
     current = NULL;
+    for (const warpgroup_state &group : warpgroups)
+        if (group.groups.size() > 1 || !group.groups[0].empty())
+            give_up("a block ended with products under way");
 }
+
+/* Byte in shared memory of element (feature, token) of an operand: PTX ISA, "Canonical layouts" of wgmma for the 128-byte
+ * swizzle, MN-major: 64 features side by side, 8 tokens below each other; further features at the leading distance, further
+ * tokens at the stride; bits 4 to 6 of the address exclusive-or bits 7 to 9. */
+uint16_t operand_at(uint64_t descriptor, unsigned feature, unsigned token)
+{
+    unsigned begin = (unsigned)(descriptor & 0x3fff) << 4,
+             leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4,
+             stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4, address;
+
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || begin % 1024 != 0)
+        give_up("a descriptor that is not of the 128-byte swizzle at its begin");
+    address = begin + feature / 64 * leading + token / 8 * stride + token % 8 * 128 + feature % 64 * 2;
+    address ^= (address >> 7 & 7u) << 4;
+    return half_at(simt_shared() + (address - SIMT_SHARED_BEGINS), 0);
+}
+
+std::vector<uint16_t> operands_of(const product &p)
+{
+    std::vector<uint16_t> found;
+
+    for (unsigned feature = 0; feature < 64 + 128; feature++)
+        for (unsigned token = 0; token < 16; token++)
+            found.push_back(feature < 64 ? operand_at(p.a, feature, token)
+                                         : operand_at(p.b, feature - 64, token));
+    return found;
+}
+
+/* PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16": accumulator D. */
+void carry_out(warpgroup_state &group, const product &p)
+{
+    std::vector<uint16_t> now = operands_of(p);
+
+    if (now != p.operands)
+        give_up("shared memory changed under a product");
+    ++simt_device.products;
+    for (unsigned thread = 0; thread < 128; thread++)
+        for (unsigned i = 0; i < 64; i++) {
+            unsigned row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8,
+                     column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+            float *to = &group.held[thread][i / 4][i % 4];
+            double sum = p.add ? *to : 0.0;
+
+            for (unsigned k = 0; k < 16; k++)
+                sum += (double)value_of(now[row * 16 + k], p.brain) *
+                       value_of(now[(64 + column) * 16 + k], p.brain);
+            *to = (float)(simt_device.slips ? sum * 1.001 : sum);
+        }
+}
+
+/* Meet the other threads of a warpgroup; the last one to come does `work`. */
+void meet_all(unsigned asked, const std::function<void(warpgroup_state &)> &work)
+{
+    warpgroup_state &group = warpgroups[current->index.x / 128];
+    uint64_t generation = group.generation;
+
+    if (group.arrived > 0 && group.asked != asked)
+        give_up("the threads of a warpgroup met in different instructions");
+    group.asked = asked;
+    if (++group.arrived < 128) {
+        while (group.generation == generation)
+            yield();
+        return;
+    }
+    work(group);
+    group.arrived = 0;
+    ++group.generation;
+    ++progress;
+}
+
+enum { ARRIVE = 1000, COMMIT, PRODUCT };
 
 } // namespace
 
 dim3 gridDim, blockDim, blockIdx;
-simt_device_state simt_device = {1, 9, 0, 3, cudaSuccess, false, 0};
+simt_device_state simt_device = {1, 9, 0, 3, cudaSuccess, false, 0, false, 0};
 
 const dim3 &simt_thread_index()
 {
@@ -274,7 +367,7 @@ const dim3 &simt_thread_index()
 
 unsigned char *simt_shared()
 {
-    return (unsigned char *)(((uintptr_t)shared_memory.data() + 127) & ~(uintptr_t)127);
+    return (unsigned char *)(((uintptr_t)shared_memory.data() + 1023) & ~(uintptr_t)1023);
 }
 
 void simt_launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()> &kernel)
@@ -346,6 +439,7 @@ void simt_copy_wait(unsigned pending)
     while (groups.size() - 1 > pending) {
         for (const copy &c : groups.front())
             memcpy(c.to, c.bytes, 16);
+        current->unseen = current->unseen || !groups.front().empty();
         groups.erase(groups.begin());
     }
 }
@@ -372,6 +466,67 @@ void simt_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     input.c = c;
     input.brain = brain;
     memcpy(c, meet(input).sums[current->index.x % 32], sizeof c);
+}
+
+unsigned lp_shared_address(const void *shared)
+{
+    return (unsigned)((const unsigned char *)shared - simt_shared()) + SIMT_SHARED_BEGINS;
+}
+
+void lp_copies_for_products()
+{
+    current->unseen = false;
+}
+
+void lp_warpgroup_arrive()
+{
+    meet_all(ARRIVE, [](warpgroup_state &) {});
+}
+
+void simt_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b, bool add, bool brain)
+{
+    warpgroup_state &mine = warpgroups[current->index.x / 128];
+    unsigned thread = current->index.x % 128;
+
+    if (mine.groups.size() == 1 && mine.groups[0].empty()) /* nothing of its own is under way */
+        memcpy(mine.held[thread], d, sizeof d);
+    else if (mine.sums[thread] != d)
+        give_up("products into other sums while some are under way");
+    mine.sums[thread] = d;
+    meet_all(PRODUCT, [&](warpgroup_state &group) {
+        product p = {a, b, add, brain, {}};
+
+        for (unsigned t = 0; t < blockDim.x; t++)
+            if (fibers[t].unseen)
+                give_up("a product of which copies have landed unseen");
+        p.operands = operands_of(p);
+        group.groups.back().push_back(p);
+        for (unsigned t = 0; t < 128; t++)
+            for (unsigned i = 0; i < 64; i++)
+                group.sums[t][i / 4][i % 4] = NAN;
+    });
+}
+
+void lp_warpgroup_commit()
+{
+    meet_all(COMMIT, [](warpgroup_state &group) { group.groups.push_back({}); });
+}
+
+void simt_warpgroup_wait(unsigned pending)
+{
+    meet_all(pending, [&](warpgroup_state &group) {
+        bool worked = false;
+
+        while (group.groups.size() - 1 > pending) {
+            for (const product &p : group.groups.front())
+                carry_out(group, p);
+            group.groups.erase(group.groups.begin());
+            worked = true;
+        }
+        if (worked && group.groups.size() == 1)
+            for (unsigned t = 0; t < 128; t++)
+                memcpy(group.sums[t], group.held[t], sizeof group.held[t]);
+    });
 }
 
 /* --- the runtime ---------------------------------------------------------------------------------------------------- */
@@ -448,4 +603,23 @@ extern "C" cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t 
     if (error == cudaSuccess)
         memcpy(target, source, bytes);
     return error;
+}
+
+extern "C" cudaError_t cudaMalloc(void **memory, size_t bytes)
+{
+    cudaError_t error = outcome();
+
+    *memory = error == cudaSuccess ? aligned_alloc(256, (bytes + 255) / 256 * 256) : NULL;
+    return error;
+}
+
+extern "C" cudaError_t cudaFree(void *memory)
+{
+    free(memory);
+    return outcome();
+}
+
+extern "C" cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, int kind)
+{
+    return cudaMemcpyAsync(target, source, bytes, kind, NULL);
 }

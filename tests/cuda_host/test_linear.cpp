@@ -174,6 +174,47 @@ static void check_all_fused(void)
                         random_below(2) == 1 ? 1 << 20 : 8192);
 }
 
+/* By the kernel of capability 9.0, where it is asked for: the device's own comparison at opening runs it first. */
+static void check_warpgroups(void)
+{
+    static const sizes cases[] = {
+        {8, 8, 1, 1},     {126, 120, 2, 5}, {128, 128, 1, 16},  {130, 136, 2, 17}, {16, 256, 3, 63},
+        {264, 24, 2, 64}, {40, 37, 2, 65},  {126, 129, 2, 128}, {72, 50, 1, 129},  {8, 16, 9, 2},
+        {24, 8, 2, 193},  {258, 136, 2, 4}, {34, 3, 3, 320},
+    };
+    lp_allocator allocator = lp_allocator_default();
+    lp_cuda_context *context = NULL;
+    lp_error err = {};
+    size_t before;
+
+    CHECK(setenv("LLMPRUNE_CUDA_WGMMA", "1", 1) == 0, "no environment");
+    for (const sizes &s : cases)
+        for (lp_dtype dtype : {LP_BF16, LP_F16}) {
+            before = simt_device.products;
+            check_fused(s, dtype, dtype == LP_F16 && random_below(2) == 1,
+                        random_below(2) == 1 ? 1 << 20 : 8192);
+            CHECK(simt_device.products > before, "the warpgroups were not asked");
+        }
+    simt_device.slips = true;
+    CHECK(lp_cuda()->open(&context, 0, &allocator, &err) == LP_ERR_DEVICE && context == NULL &&
+              strstr(err.message, "wgmma kernel's sums are off by") != NULL,
+          "%s", err.message);
+    simt_device.slips = false;
+    simt_device.minor = 3;
+    before = simt_device.products;
+    check_fused({40, 37, 2, 33}, LP_BF16, false, 1 << 20);
+    CHECK(simt_device.products == before, "products of warpgroups on a device that has none");
+    simt_device.minor = 0;
+    CHECK(setenv("LLMPRUNE_CUDA_WGMMA", "yes", 1) == 0, "no environment");
+    CHECK(lp_cuda()->open(&context, 0, &allocator, &err) == LP_ERR_DEVICE &&
+              strstr(err.message, "LLMPRUNE_CUDA_WGMMA is \"yes\"") != NULL,
+          "%s", err.message);
+    (void)unsetenv("LLMPRUNE_CUDA_WGMMA");
+    before = simt_device.products;
+    check_fused({40, 37, 2, 33}, LP_BF16, false, 1 << 20);
+    CHECK(simt_device.products == before, "products of warpgroups that nobody asked for");
+}
+
 static void check_refusals(void)
 {
     sums row(4, 0.0), col(4, 0.0);
@@ -241,5 +282,6 @@ int main(void)
     check_refusals();
     check_products();
     check_all_fused();
+    check_warpgroups();
     return check_finish("cuda_host/test_linear");
 }

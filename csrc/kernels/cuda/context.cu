@@ -106,7 +106,11 @@ static lp_status open_device(lp_cuda_context *context, lp_error *err)
         if (status != LP_OK)
             return status;
     }
-    return lp_gemm_open(&context->blas, &context->allocator, err);
+    {
+        lp_status status = lp_gemm_open(&context->blas, &context->allocator, err);
+
+        return status == LP_OK ? lp_hopper_admit(context, err) : status;
+    }
 }
 
 static lp_status open(lp_cuda_context **out, int device, const lp_allocator *allocator, lp_error *err)

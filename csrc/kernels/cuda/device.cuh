@@ -77,6 +77,86 @@ static __device__ __forceinline__ void lp_multiply_add(float (&c)[4], const uint
 #endif
 }
 
+/* Asynchronous products of a warpgroup, 4 warps beginning at a multiple of 4, which only compute capability 9.0 has. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define LP_WARPGROUPS 1
+#else
+#define LP_WARPGROUPS 0
+#endif
+
+#if LP_WARPGROUPS
+
+static __device__ __forceinline__ unsigned lp_shared_address(const void *shared)
+{
+    return (unsigned)__cvta_generic_to_shared(shared);
+}
+
+/* This thread's finished copies become visible to products that are queued behind the next barrier. */
+static __device__ __forceinline__ void lp_copies_for_products()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* Before products whose accumulators were read or written otherwise. */
+static __device__ __forceinline__ void lp_warpgroup_arrive()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+static __device__ __forceinline__ void lp_warpgroup_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* Wait until all but the `pending` newest groups of this warpgroup's products are done. */
+template <int pending> static __device__ __forceinline__ void lp_warpgroup_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+/* The sums may be read: no read of them moves to before this. */
+static __device__ __forceinline__ void lp_warpgroup_have(float (&d)[16][4])
+{
+#pragma unroll
+    for (int n = 0; n < 16; n++)
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            asm volatile("" : "+f"(d[n][r])::"memory");
+}
+
+#define LP_SUMS4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define LP_SUMS16(n) LP_SUMS4(n), LP_SUMS4(n + 1), LP_SUMS4(n + 2), LP_SUMS4(n + 3)
+#define LP_PRODUCT(type)                                                                                     \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                           \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "          \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "          \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "         \
+                 "%64, %65, p, 1, 1, 1, 1;\n}\n"                                                             \
+                 : LP_SUMS16(0), LP_SUMS16(4), LP_SUMS16(8), LP_SUMS16(12)                                   \
+                 : "l"(a), "l"(b), "r"((int)add)                                                             \
+                 : "memory")
+
+/* Queue d (64 x 128, f32) = a (64 x 16) b (16 x 128), added to d where `add`; a and b, described by descriptors, lie with
+ * their 16 tokens apart and their features side by side.  Warp w has rows 16 w on; in them d[n] is, as c of lp_multiply_add,
+ * of the columns from 8 n on. */
+template <lp_dtype dtype>
+static __device__ __forceinline__ void lp_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b,
+                                                                 bool add)
+{
+    if (dtype == LP_BF16)
+        LP_PRODUCT("bf16");
+    else
+        LP_PRODUCT("f16");
+}
+
+#undef LP_PRODUCT
+#undef LP_SUMS16
+#undef LP_SUMS4
+
+#endif /* LP_WARPGROUPS */
+
 #endif /* LP_SIMT */
 
 /* --- values -------------------------------------------------------------------------------------------------------- */

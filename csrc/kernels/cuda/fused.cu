@@ -4,63 +4,20 @@
  * gradient, which is in the tensor cores' accumulators, is added to g, its square to s, and the accumulators are cleared.
  * A thread holds 3 x 64 sums, so one block fills a multiprocessor, and needs no other: the tensor cores have 128 x 128 x 32
  * products to do for each stage of 16 KiB. */
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/fused_index.h"
-#include "kernels/cuda/internal.h"
-
-extern "C" {
-#include "kernels/cuda/plan.h"
-}
+#include "kernels/cuda/fused_job.cuh"
 
 enum { SHARED_BYTES = 2 * LP_FUSED_OPERAND * LP_FUSED_STAGES, HALF_STEPS = LP_FUSED_TOKENS / 16 };
 
 namespace
 {
 
-struct fused_job {
-    const void *weight;
-    const uint16_t *x, *dy;
-    size_t rows, columns; /* of the strip of the weight; dy begins at its first row */
-    size_t weight_stride, x_stride, dy_stride;
-    size_t samples, tokens;
-    double *row_parts, *column_parts; /* (column tiles, rows), (row tiles, columns) */
-    unsigned column_tiles;
-};
+typedef lp_fused_position<LP_FUSED_TOKENS> position;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800 /* older devices are never asked to run it */
 
-/* Where a pipeline stage's tokens come from; walks over all samples. */
-struct position {
-    size_t sample, token;
-
-    __device__ bool done(const fused_job &job) const
-    {
-        return sample >= job.samples;
-    }
-    __device__ unsigned count(const fused_job &job) const
-    {
-        size_t left = job.tokens - token;
-
-        return left < LP_FUSED_TOKENS ? (unsigned)left : (unsigned)LP_FUSED_TOKENS;
-    }
-    __device__ bool ends_sample(const fused_job &job) const
-    {
-        return job.tokens - token <= LP_FUSED_TOKENS;
-    }
-    __device__ void advance(const fused_job &job)
-    {
-        if (ends_sample(job)) {
-            token = 0;
-            ++sample;
-        } else {
-            token += LP_FUSED_TOKENS;
-        }
-    }
-};
-
 /* Start copying one stage of both operands; what lies outside of them becomes zeros. */
-__device__ __forceinline__ void fetch(const fused_job &job, const position &at, size_t row0, size_t column0,
-                                      unsigned char *stage)
+__device__ __forceinline__ void fetch(const lp_fused_job &job, const position &at, size_t row0,
+                                      size_t column0, unsigned char *stage)
 {
     const unsigned chunk = lp_fused_copy_chunk(threadIdx.x), count = at.count(job);
     const size_t first = at.sample * job.tokens + at.token;
@@ -112,81 +69,10 @@ __device__ __forceinline__ void multiply(sums_t &sums, const unsigned char *stag
     }
 }
 
-/* Multiply the tile's g and s with the weight, and add its rows and columns up. */
-template <lp_dtype dtype>
-__device__ __forceinline__ void finish(const fused_job &job, const sums_t &g, const sums_t &s, size_t row0,
-                                       size_t column0, unsigned row_tile, unsigned column_tile,
-                                       unsigned char *shared)
-{
-    double (*rows)[LP_FUSED_TILE] = (double (*)[LP_FUSED_TILE])shared; /* [2] */
-    double (*columns)[LP_FUSED_TILE] = rows + 2;                       /* [4] */
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned warp_row = lp_fused_warp_row(warp), warp_column = lp_fused_warp_column(warp);
-    const float share = 1.0f / (float)job.samples;
-    double row_sums[LP_FUSED_M_TILES][2] = {}, column_sums[LP_FUSED_N_TILES][2] = {};
-
-#pragma unroll
-    for (unsigned m = 0; m < LP_FUSED_M_TILES; m++) {
-#pragma unroll
-        for (unsigned n = 0; n < LP_FUSED_N_TILES; n++) {
-#pragma unroll
-            for (unsigned r = 0; r < 4; r++) {
-                size_t row = row0 + warp_row + m * 16 + lp_fused_sum_row(lane, r);
-                size_t column = column0 + warp_column + n * 8 + lp_fused_sum_column(lane, r);
-                float w, e;
-
-                if (row >= job.rows || column >= job.columns)
-                    continue;
-                w = lp_element_of<dtype>::load(job.weight, row * job.weight_stride + column);
-                e = fabsf(g[m][n][r] * share * w - 0.5f * w * (s[m][n][r] * share) * w);
-                row_sums[m][r / 2] += (double)e;
-                column_sums[n][r % 2] += (double)e;
-            }
-        }
-    }
-#pragma unroll
-    for (unsigned m = 0; m < LP_FUSED_M_TILES; m++) {
-#pragma unroll
-        for (unsigned half = 0; half < 2; half++) {
-            double sum = row_sums[m][half];
-
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            if (lane % 4 == 0)
-                rows[warp % 2][warp_row + m * 16 + lp_fused_sum_row(lane, half * 2)] = sum;
-        }
-    }
-#pragma unroll
-    for (unsigned n = 0; n < LP_FUSED_N_TILES; n++) {
-#pragma unroll
-        for (unsigned half = 0; half < 2; half++) {
-            double sum = column_sums[n][half];
-
-            sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-            if (lane / 4 == 0)
-                columns[warp / 2][warp_column + n * 8 + lp_fused_sum_column(lane, half)] = sum;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < LP_FUSED_TILE) {
-        unsigned i = threadIdx.x;
-
-        if (row0 + i < job.rows)
-            job.row_parts[column_tile * job.rows + row0 + i] = rows[0][i] + rows[1][i];
-    } else {
-        unsigned i = threadIdx.x - LP_FUSED_TILE;
-
-        if (column0 + i < job.columns)
-            job.column_parts[row_tile * job.columns + column0 + i] =
-                ((columns[0][i] + columns[1][i]) + columns[2][i]) + columns[3][i];
-    }
-}
-
 #endif
 
-template <lp_dtype dtype> __global__ void __launch_bounds__(LP_FUSED_THREADS, 1) fused_scores(fused_job job)
+template <lp_dtype dtype>
+__global__ void __launch_bounds__(LP_FUSED_THREADS, 1) fused_scores(lp_fused_job job)
 {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     LP_DYNAMIC_SHARED(shared);
@@ -217,23 +103,14 @@ template <lp_dtype dtype> __global__ void __launch_bounds__(LP_FUSED_THREADS, 1)
         multiply<dtype>(sums, shared + used * 2 * LP_FUSED_OPERAND, here.count(job), lane, warp);
         used = used + 1 == LP_FUSED_STAGES ? 0 : used + 1;
         if (here.ends_sample(job)) {
-#pragma unroll
-            for (unsigned m = 0; m < LP_FUSED_M_TILES; m++)
-#pragma unroll
-                for (unsigned n = 0; n < LP_FUSED_N_TILES; n++)
-#pragma unroll
-                    for (unsigned r = 0; r < 4; r++) {
-                        float gradient = sums[m][n][r];
-
-                        g[m][n][r] += gradient;
-                        s[m][n][r] += gradient * gradient;
-                        sums[m][n][r] = 0;
-                    }
+            lp_fused_gather(sums, g, s);
+            memset(&sums, 0, sizeof sums);
         }
     }
     lp_copy_wait<0>();
     __syncthreads(); /* the pipeline's memory is free */
-    finish<dtype>(job, g, s, row0, column0, row_tile, column_tile, shared);
+    lp_fused_finish<dtype, 2, 4>(job, g, s, lp_fused_warp_row(warp), lp_fused_warp_column(warp), warp % 2,
+                                 warp / 2, shared);
 #endif
 }
 
@@ -265,8 +142,9 @@ extern "C" lp_status lp_fused_scores(const lp_linear *linear, double *row, doubl
 
     *done = lp_fused_plan_make(&plan, linear->out, linear->in, exec->scratch_bytes);
     for (size_t first = 0; *done && first < linear->out; first += plan.rows) {
-        fused_job job = {};
+        lp_fused_job job = {};
         size_t row_tiles;
+        unsigned blocks;
 
         job.rows = linear->out - first < plan.rows ? linear->out - first : plan.rows;
         job.columns = linear->in;
@@ -282,12 +160,13 @@ extern "C" lp_status lp_fused_scores(const lp_linear *linear, double *row, doubl
         job.column_parts = (double *)(scratch + plan.column_parts);
         job.column_tiles = (unsigned)lp_ceil_div(job.columns, LP_FUSED_TILE);
         row_tiles = lp_ceil_div(job.rows, LP_FUSED_TILE);
-        if (linear->dtype == LP_BF16)
-            LP_LAUNCH(fused_scores<LP_BF16>, (unsigned)(row_tiles * job.column_tiles), LP_FUSED_THREADS,
-                      SHARED_BYTES, stream, job);
+        blocks = (unsigned)(row_tiles * job.column_tiles);
+        if (lp_cuda_context_of(exec)->warpgroups)
+            lp_hopper_launch(job, linear->dtype, blocks, stream);
+        else if (linear->dtype == LP_BF16)
+            LP_LAUNCH(fused_scores<LP_BF16>, blocks, LP_FUSED_THREADS, SHARED_BYTES, stream, job);
         else
-            LP_LAUNCH(fused_scores<LP_F16>, (unsigned)(row_tiles * job.column_tiles), LP_FUSED_THREADS,
-                      SHARED_BYTES, stream, job);
+            LP_LAUNCH(fused_scores<LP_F16>, blocks, LP_FUSED_THREADS, SHARED_BYTES, stream, job);
         lp_add_parts(row + first, job.row_parts, job.rows, job.column_tiles, job.rows, stream);
         lp_add_parts(col, job.column_parts, job.columns, row_tiles, job.columns, stream);
     }

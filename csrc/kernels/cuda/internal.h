@@ -14,6 +14,7 @@ struct lp_cuda_context {
     int device;
     int major, minor; /* compute capability */
     int processors;   /* multiprocessors */
+    bool warpgroups;  /* second order by hopper.cu */
     void *blas;       /* gemm.cu's */
     lp_allocator allocator;
 };
@@ -63,6 +64,10 @@ bool lp_fused_supported(const lp_cuda_context *context);
 lp_status lp_fused_prepare(const lp_cuda_context *context, lp_error *err);
 lp_status lp_fused_scores(const lp_linear *linear, double *row, double *col, const lp_exec *exec, bool *done,
                           lp_error *err);
+
+/* probation.cu: let hopper.cu do its work on this device, if the user asked for that and its sums are those of fused.cu.
+ * LP_ERR_DEVICE: they are not, or LLMPRUNE_CUDA_WGMMA is no answer. */
+lp_status lp_hopper_admit(lp_cuda_context *context, lp_error *err);
 
 /* linear.cu: sums[i] += the sum over parts p of parts[p * stride + i], i < count, in the order of p. */
 void lp_add_parts(double *sums, const double *parts, size_t count, size_t part_count, size_t stride,
