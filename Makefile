@@ -14,7 +14,7 @@ C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/c
                          csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch])
 CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind arm windows pytest bench architectures docs cuda cuda-test clean
+.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind arm windows pytest bench architectures docs cuda cuda-test cuda-bench clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -29,6 +29,7 @@ help:
 	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
 	@echo "make docs      the documentation as pages, every warning an error; the result is build/site/index.html"
 	@echo "make cuda      build the CUDA kernels for every target, without a GPU; skipped where there is no nvcc"
+	@echo "make cuda-bench  there, what it costs, beside its floors"
 	@echo "make cuda-test on a machine with a GPU: build with its own Python and toolkit, test, and run the sanitizers"
 	@echo "make clean     remove what was built, but not .venv"
 
@@ -110,7 +111,10 @@ cuda-test:
 	$(PYTHON) -m pytest tests/cuda $(ARGS)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
-	@echo "now measure: $(PYTHON) benchmarks/gpu.py"
+	@echo "now measure: make cuda-bench PYTHON=$(PYTHON)"
+
+cuda-bench:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 # --- C tests: no Python involved ------------------------------------------------------------------------------------
 # Each tests/{core,kernels}/test_*.c is a program that exits 0 when it passes; other .c files there are shared by all.

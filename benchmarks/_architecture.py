@@ -4,7 +4,7 @@ The equality check: every prunable axis loses one or two random indices (never t
 move up), a copy is compacted, and its outputs are compared with those of the original in which exactly the removed
 positions of the same parameters are zero. That reference is built here and shares nothing with llmprune but the kept
 positions of the plan. Where an operation normalises over what was removed, zeros are no reference, and the masked one
-of llmprune.verify stands in.
+of llmprune.compaction.verify stands in.
 """
 
 from __future__ import annotations

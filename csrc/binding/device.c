@@ -143,7 +143,7 @@ static PyMethodDef methods[] = {
      "register_cuda(table, /)\n--\n\n"
      "Take the CUDA kernels of llmprune._cuda.table into use; returns how many devices there are,\n"
      "or 0 where they are in use already.\n\n"
-     "Called by llmprune.cuda when the first tensor on a CUDA device comes by."},
+     "Called by llmprune.machine.cuda when the first tensor on a CUDA device comes by."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-/* The CUDA backend as this room keeps it: registered by llmprune.cuda when the first tensor on a CUDA device comes by. */
+/* The CUDA backend as this room keeps it: registered by llmprune.machine.cuda when the first tensor on a CUDA device comes by. */
 #ifndef LP_BINDING_DEVICE_H
 #define LP_BINDING_DEVICE_H
 

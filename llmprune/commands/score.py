@@ -36,6 +36,9 @@ def add(commands: Any) -> None:
     score.add_argument(
         "--output", type=path_argument, required=True, metavar="FILE", help="the scores, .npz or .json"
     )
+    score.add_argument(
+        "--device", help="where the blocks of a streamed model run: cpu, cuda, cuda:1 (the CPU)"
+    )
     add_streaming(score)
 
 
@@ -96,6 +99,7 @@ def _score(options: argparse.Namespace) -> None:
             quiet=True if options.quiet else None,
             memory_budget=options.memory_budget if streamed else None,
             state=state_beside(options.output) if streamed else None,
+            device=options.device if streamed else None,
         )
     scores.save(options.output)
     if options.json:

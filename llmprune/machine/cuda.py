@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llmprune import _core
-from llmprune.errors import DeviceError
+from llmprune.errors import DeviceError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,30 @@ def _has(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The CPU, or a CUDA device with its number.
+
+    Raises:
+        InputError: it is neither.
+        DeviceError: llmprune cannot use it.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is no device: say cpu, cuda, or cuda:1") from error
+    if found.type == "cpu":
+        return found
+    if found.type != "cuda":
+        raise InputError(f"blocks can run on the CPU or on a CUDA device, not on {device}")
+    reason = unavailable()
+    if reason is not None:
+        raise DeviceError(f"blocks cannot run on {device}: {reason}")
+    count = torch.cuda.device_count()
+    if (found.index or 0) >= count:
+        raise DeviceError(f"there is no {device}: torch sees {count} CUDA devices")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def options(tensor: torch.Tensor, *, scratch: bool = True) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
-from llmprune.errors import InputError
+from llmprune.errors import DeviceError, InputError
+from llmprune.machine import cuda
 from llmprune.machine.budget import resident_memory, spell_bytes
 from llmprune.out_of_core.reading import SLICE_BYTES
 from llmprune.scoring.calibration import Batch
@@ -30,6 +32,8 @@ from llmprune.scoring.reduction import Reducer
 from llmprune.scoring.streaming import Route, Task, measured
 
 log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 _LENGTHS = (4, 8)
 _BACKWARD = 1.5
@@ -58,7 +62,7 @@ class Schedule:
     Attributes:
         batch_size: Samples at a time inside a block.
         buffers: Blocks whose weights are in memory at a time.
-        on_disk: Whether what enters blocks is kept on disk.
+        apart: Whether what enters blocks is kept on disk, or of a device's in the host's memory.
         fold: Whether gradients are added up in accumulators, instead of keeping what they are made of.
         logits: Whether the fused loss keeps its logits for backward.
         peak: Bytes that the process will have at most.
@@ -67,7 +71,7 @@ class Schedule:
 
     batch_size: int
     buffers: int
-    on_disk: bool
+    apart: bool
     fold: bool
     logits: bool
     peak: int
@@ -228,9 +232,16 @@ def _loss_bytes(task: Task, route: Route, border: float) -> int:
 
 
 def choose(
-    sizes: Sizes, measured: Gauge, blocks: int, samples: int, budget: int | None, batch_size: int | None
+    sizes: Sizes,
+    measured: Gauge,
+    blocks: int,
+    samples: int,
+    budget: int | None,
+    batch_size: int | None,
+    *,
+    device: torch.device = CPU,
 ) -> Schedule:
-    """The fastest schedule within a budget.
+    """The fastest schedule within a budget and, of blocks that run on a CUDA device, within its free memory.
 
     Args:
         sizes: What does not depend on it.
@@ -239,18 +250,16 @@ def choose(
         samples: How many samples.
         budget: Bytes that the process may have at most; None: whatever the machine has free.
         batch_size: Samples at a time; None: as many as fit.
+        device: Where the blocks run.
 
     Raises:
         InputError: none is; the message says what would do.
+        DeviceError: nothing is that the device has room for.
     """
+    if device.type == "cuda":
+        return _choose_on(device, sizes, measured, blocks, samples, budget, batch_size)
     here = resident_memory()
-    counts = sorted({samples, *(samples >> n for n in range(1, 20))} - {0}, reverse=True)
-    if batch_size is not None:
-        counts = [min(batch_size, samples)]
-    candidates = [
-        _scheduled(here, sizes, measured, blocks, samples, *each)
-        for each in itertools.product((2, 1), (False, True), counts, (True, False), (False, True))
-    ]
+    candidates = _candidates(here, sizes, measured, blocks, samples, batch_size)
     fitting = [c for c in candidates if budget is None or c.peak <= budget]
     if not fitting:
         least = min(c.peak for c in candidates)
@@ -259,9 +268,52 @@ def choose(
             f"the budget is {spell_bytes(budget or 0)}: raise it to {spell_bytes(least)}, or take fewer or shorter "
             "samples"
         )
-    chosen = fitting[0]
-    log.info("%s", chosen)
-    return chosen
+    log.info("%s", fitting[0])
+    return fitting[0]
+
+
+def _choose_on(
+    device: torch.device,
+    sizes: Sizes,
+    measured: Gauge,
+    blocks: int,
+    samples: int,
+    budget: int | None,
+    batch_size: int | None,
+) -> Schedule:
+    """The same on a device, from which the host's memory keeps two blocks on their way and what is kept apart."""
+    free = cuda.free_memory(device)
+    candidates = _candidates(cuda.SCRATCH_BYTES, sizes, measured, blocks, samples, batch_size)
+    fitting = [c for c in candidates if c.peak <= free]
+    if not fitting:
+        least = min(c.peak for c in candidates)
+        raise DeviceError(
+            f"scoring these {samples} samples block by block takes {spell_bytes(least)} of memory on {device} at the "
+            f"least, where {spell_bytes(free)} are free: take fewer or shorter samples, or run on the CPU"
+        )
+    base = resident_memory() + 2 * sizes.block + sizes.extra
+    hosts = [base + (int(measured.border * samples * blocks) if c.apart else 0) for c in fitting]
+    for schedule, host in zip(fitting, hosts, strict=True):
+        if budget is None or host <= budget:
+            log.info("%s on %s", schedule, device)
+            return replace(schedule, settled=sys.maxsize)
+    raise InputError(
+        f"scoring block by block on {device} takes {spell_bytes(min(hosts))} of the host's memory, and the budget is "
+        f"{spell_bytes(budget or 0)}: raise it to {spell_bytes(min(hosts))}"
+    )
+
+
+def _candidates(
+    here: int, sizes: Sizes, measured: Gauge, blocks: int, samples: int, batch_size: int | None
+) -> list[Schedule]:
+    """All schedules, the fastest first."""
+    counts = sorted({samples, *(samples >> n for n in range(1, 20))} - {0}, reverse=True)
+    if batch_size is not None:
+        counts = [min(batch_size, samples)]
+    return [
+        _scheduled(here, sizes, measured, blocks, samples, *each)
+        for each in itertools.product((2, 1), (False, True), counts, (True, False), (False, True))
+    ]
 
 
 def _scheduled(
@@ -271,14 +323,14 @@ def _scheduled(
     blocks: int,
     samples: int,
     buffers: int,
-    on_disk: bool,
+    apart: bool,
     size: int,
     logits: bool,
     fold: bool,
 ) -> Schedule:
     """A schedule with its peak, for a process that has ``here`` bytes before the first block is read."""
     border = measured.border * samples
-    kept = 0.0 if on_disk else border * blocks
+    kept = 0.0 if apart else border * blocks
     forward = 2 * border + 1.2 * measured.kept * size
     loss = border + sizes.loss
     uses = sizes.accumulators if fold and size < samples else sizes.pieces
@@ -289,4 +341,4 @@ def _scheduled(
     passing = max(forward, loss, backward)
     peak = here + int(1.02 * (steady + passing)) + _SLACK
     settled = peak - int(passing / 4) - _SLACK // 2
-    return Schedule(size, buffers, on_disk, fold, logits, peak, settled)
+    return Schedule(size, buffers, apart, fold, logits, peak, settled)

@@ -6,6 +6,8 @@ in memory or on disk. Backward is autograd's over the rest of the model: where i
 again, run again with recording (Chen et al. 2016), and every gradient inside is reduced to scores before the next one
 is read. The next block is read by another thread while one runs. The embedding's rows are read as they are looked up,
 and the final projection is fused into the loss, slice by slice. What else lies outside the blocks stays in memory.
+On a CUDA device all of that is in its memory but the blocks, which come through pinned host memory
+(:mod:`llmprune.out_of_core.transfer`), and what enters them, which may wait there.
 
 How each parameter is to be treated is found as in memory (:func:`llmprune.scoring.streaming.find_route`), on a model in
 which all blocks of a kind share the weights of the first: the survey asks who uses what how often, not for values.
@@ -90,7 +92,9 @@ def block_streamed_sums(
     """
     source = source_of(model)
     assert source is not None
-    with shells(model) as parameters, undisturbed(model):
+    device = streaming.device
+    batch = batch.to(device)
+    with shells(model, device) as parameters, undisturbed(model):
         scored = {name: parameters[name] for name in names}
         outside = Outside(model, source, parameters)
         task = Task(model, batch, losses_of, scored, importance, progress, stacks, outside.stored)
@@ -112,12 +116,14 @@ def block_streamed_sums(
         each = [Weights.bytes_of(parameters, alone) for alone in own]
         extra = max(sum(source.extra_bytes(n, parameters[n].dtype) for n in alone) for alone in own)
         sizes = sizes_of(task, route, own, max(each), extra, of_sample.border)
-        schedule = choose(sizes, of_sample, len(blocks), batch.samples, streaming.budget, batch_size)
+        schedule = choose(
+            *(sizes, of_sample, len(blocks), batch.samples, streaming.budget, batch_size), device=device
+        )
         journal = None
         if streaming.state is not None:
-            journal = Journal(streaming.state, _signature(task, source, len(blocks)))
-        weights = Weights(source, parameters, own, schedule.buffers)
-        boundaries = Boundaries(schedule.on_disk, journal)
+            journal = Journal(streaming.state, _signature(task, source, len(blocks)), device)
+        weights = Weights(source, parameters, own, schedule.buffers, device)
+        boundaries = Boundaries(schedule.apart, journal, device)
         try:
             while True:
                 try:
@@ -280,7 +286,7 @@ class _BlockPass:
         if done is None and self.journal is not None:
             self.journal.put("forward", number, whole)
         self._give_back()
-        with torch.autograd.graph.saved_tensors_hooks(self.boundaries.pack, self.boundaries.unpack):
+        with self.boundaries.keeping():
             return Run(self, block, leaves, spec, whole).result(output, self.anchor)
 
     def _forward_done(self, block: Block, number: int) -> tuple[Any, list[torch.Tensor]] | None:

@@ -13,39 +13,66 @@ from torch import nn
 
 from llmprune.out_of_core.reading import Sliced
 from llmprune.out_of_core.stored import Source
+from llmprune.out_of_core.transfer import way_to
 from llmprune.scoring.recompute import Block
 
 _ALIGNED = 64
 """Where a tensor in a buffer may begin, in bytes."""
 
 
-def _placeholder(like: torch.Tensor) -> torch.Tensor:
+CPU = torch.device("cpu")
+
+
+def _placeholder(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the same shape that takes no memory; NaN, so that nobody computes with it unseen."""
     fill = torch.nan if like.is_floating_point() else 0
-    return torch.full((), fill, dtype=like.dtype).expand(like.shape)
+    return torch.full((), fill, dtype=like.dtype, device=device).expand(like.shape)
 
 
 @contextlib.contextmanager
-def shells(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Replace parameters on the meta device by ones on the CPU that have no memory yet; put them back in the end.
+def shells(model: nn.Module, device: torch.device = CPU) -> Iterator[dict[str, nn.Parameter]]:
+    """Replace parameters on the meta device by ones on ``device`` that have no memory yet; put them back in the end.
 
-    Yields every name, tied ones as well -> the parameter there now.
+    Buffers are on the device meanwhile, too. Yields every name, tied ones as well -> the parameter there now.
     """
     made: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    buffers: list[tuple[nn.Module, str, torch.Tensor]] = []
     try:
         for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.device != device:
+                    buffers.append((module, name, buffer))
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
                     if id(parameter) not in made:
-                        made[id(parameter)] = nn.Parameter(_placeholder(parameter), requires_grad=False)
+                        made[id(parameter)] = nn.Parameter(
+                            _placeholder(parameter, device), requires_grad=False
+                        )
                     replaced.append((module, name, parameter))
         for module, name, parameter in replaced:
             module._parameters[name] = made[id(parameter)]
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer.to(device)
         yield dict(model.named_parameters(remove_duplicate=False))
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+
+
+def _laid_out(
+    memory: torch.Tensor, parameters: Mapping[str, nn.Parameter], names: list[str]
+) -> dict[str, torch.Tensor]:
+    """Parameters one after the other in memory (bytes,)."""
+    views, offset = {}, 0
+    for name in names:
+        parameter = parameters[name]
+        length = parameter.numel() * parameter.element_size()
+        views[name] = memory[offset : offset + length].view(parameter.dtype).view(parameter.shape)
+        offset += -(-length // _ALIGNED) * _ALIGNED
+    return views
 
 
 @dataclass
@@ -53,7 +80,7 @@ class _Buffer:
     memory: torch.Tensor
     holds: int = -1
     views: dict[str, torch.Tensor] = field(default_factory=dict)
-    reading: Future[None] | None = None
+    reading: Future[Any] | None = None
 
 
 class Weights:
@@ -63,7 +90,8 @@ class Weights:
         source: Where they come from.
         parameters: Name -> parameter, for all there are.
         names: For each block the names of the parameters that it alone has.
-        buffers: How many blocks may be in memory at a time: with two, the next is read while one runs.
+        buffers: How many blocks may be where they run at a time: with two, the next is read while one runs.
+        device: Where the blocks run.
     """
 
     def __init__(
@@ -72,10 +100,12 @@ class Weights:
         parameters: Mapping[str, nn.Parameter],
         names: list[list[str]],
         buffers: int,
+        device: torch.device = CPU,
     ):
         self._source, self._parameters, self.names = source, parameters, names
         size = max(self.bytes_of(parameters, own) for own in names)
-        self._buffers = [_Buffer(torch.empty(size, dtype=torch.uint8)) for _ in range(buffers)]
+        self._way = way_to(device, size)
+        self._buffers = [_Buffer(self._way.memory(size)) for _ in range(buffers)]
         self._thread = ThreadPoolExecutor(1, "llmprune-read")
         self._used: _Buffer | None = None
 
@@ -93,23 +123,21 @@ class Weights:
                 return buffer
         buffer = next(b for b in self._buffers if b is not self._used)
         self._finish(buffer)
-        buffer.holds, buffer.views = block, {}
-        offset = 0
-        for name in self.names[block]:
-            parameter = self._parameters[name]
-            length = parameter.numel() * parameter.element_size()
-            part = buffer.memory[offset : offset + length].view(parameter.dtype)
-            buffer.views[name] = part.view(parameter.shape)
-            offset += -(-length // _ALIGNED) * _ALIGNED
-        buffer.reading = self._thread.submit(self._source.fill, dict(buffer.views))
+        names = self.names[block]
+        buffer.holds, buffer.views = block, _laid_out(buffer.memory, self._parameters, names)
+
+        def fill(memory: torch.Tensor) -> None:
+            self._source.fill(_laid_out(memory, self._parameters, names))
+
+        length = self.bytes_of(self._parameters, names)
+        buffer.reading = self._thread.submit(self._way.bring, fill, buffer.memory, length)
         return buffer
 
-    @staticmethod
-    def _finish(buffer: _Buffer) -> None:
+    def _finish(self, buffer: _Buffer) -> None:
         reading, buffer.reading = buffer.reading, None
         if reading is not None:
             try:
-                reading.result()
+                self._way.arrive(reading.result())
             except BaseException:
                 buffer.holds = -1
                 raise
@@ -127,8 +155,9 @@ class Weights:
                 self._parameters[name].data = view
             yield
         finally:
-            for name in buffer.views:
-                self._parameters[name].data = _placeholder(self._parameters[name])
+            for name, view in buffer.views.items():
+                self._parameters[name].data = _placeholder(self._parameters[name], view.device)
+            self._way.leave(buffer.memory)
             self._used = None
 
     def change(self, block: int, change: Callable[[str, torch.Tensor], None]) -> None:
@@ -226,19 +255,28 @@ def surrogates(
             for member in kind:
                 names = own[id(member)]
                 if [parameters[n].shape for n in names] != [value.shape for value in values]:
-                    values = [torch.empty(parameters[n].shape, dtype=parameters[n].dtype) for n in names]
-                    source.fill(dict(zip(names, values, strict=True)))
+                    values = _filled(source, {n: parameters[n] for n in names})
                 for name, value in zip(names, values, strict=True):
                     parameters[name].data = value
                     lent.append(name)
         yield
     finally:
         for name in lent:
-            parameters[name].data = _placeholder(parameters[name])
+            parameters[name].data = _placeholder(parameters[name], parameters[name].device)
+
+
+def _filled(source: Source, parameters: Mapping[str, nn.Parameter]) -> list[torch.Tensor]:
+    """Values of parameters, each in memory of its own where the parameter is to be."""
+    values = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in parameters.items()}
+    source.fill(values)
+    return [value.to(parameters[name].device) for name, value in values.items()]
 
 
 class Outside:
-    """The parameters that lie in no block: in memory, or those of embedding and projection in their files."""
+    """The parameters that lie in no block: in memory, or those of embedding and projection in their files.
+
+    On a device all of them are in its memory.
+    """
 
     def __init__(self, model: nn.Module, source: Source, parameters: Mapping[str, nn.Parameter]):
         self._model, self._source, self._parameters = model, source, parameters
@@ -248,21 +286,22 @@ class Outside:
         inside = {id(p) for kind in kinds_of(model) for member in kind for p in member.parameters()}
         for name, parameter in parameters.items():
             place = source.stored(name)
-            if place is not None and id(parameter) in tables and id(parameter) not in inside:
+            if place is None or parameter.device != CPU:
+                continue
+            if id(parameter) in tables and id(parameter) not in inside:
                 self.stored[id(parameter)] = Sliced(source.files, place, parameter.dtype)
 
     def load(self, kinds: list[list[nn.Module]]) -> None:
         """Have in memory what lies in none of these modules, or in several, and is not stored."""
         members = [member for kind in kinds for member in kind]
         own = {name for names in exclusive(self._model, members) for name in names}
-        wanted: dict[str, torch.Tensor] = {}
+        wanted: dict[str, nn.Parameter] = {}
         for name, parameter in self._parameters.items():
             if name not in own and id(parameter) not in self.stored and id(parameter) not in self._loaded:
                 self._loaded.add(id(parameter))
-                wanted[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
-        self._source.fill(wanted)
-        for name, value in wanted.items():
-            self._parameters[name].data = value
+                wanted[name] = parameter
+        for parameter, value in zip(wanted.values(), _filled(self._source, wanted), strict=True):
+            parameter.data = value
 
     def names(self) -> list[str]:
         """Names of the parameters that are in memory."""

@@ -1,4 +1,6 @@
-"""What passes the borders of blocks while a model is scored block by block: in memory, or on disk.
+"""What passes the borders of blocks while a model is scored block by block: in memory, or apart from it.
+
+Apart is on disk, or for blocks that run on a device in pinned host memory.
 
 With a :class:`Journal`, what every block gave, forward and backward, is on disk before the next one begins, so that a
 process that is killed can be followed by another that goes on from there.
@@ -6,6 +8,7 @@ process that is killed can be followed by another that goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +28,7 @@ from llmprune.out_of_core.reading import forget
 from llmprune.scoring.reduction import Sums
 
 _SIGNATURE = "signature.json"
+CPU = torch.device("cpu")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -57,21 +61,29 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class Boundaries:
-    """Tensors that autograd keeps at the borders of blocks: as they are, or in files of a folder of their own.
+    """Tensors that autograd keeps at the borders of blocks: as they are, or apart.
 
     Args:
-        on_disk: Whether in files.
+        apart: Whether in files of a folder of their own, or of a device's in pinned host memory.
         journal: Where blocks' results are on disk already; these are not written again.
+        device: Where they are made.
     """
 
-    def __init__(self, on_disk: bool, journal: Journal | None):
-        self._on_disk, self._journal = on_disk, journal
+    def __init__(self, apart: bool, journal: Journal | None, device: torch.device = CPU):
+        self._apart, self._journal, self._device = apart, journal, device
         self._folder: Path | None = None
         self._count = 0
 
+    def keeping(self) -> contextlib.AbstractContextManager[Any]:
+        """Within this, what autograd saves is kept here."""
+        if self._device.type == "cuda":
+            pinned = torch.autograd.graph.save_on_cpu(pin_memory=True)
+            return pinned if self._apart else contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
     def pack(self, tensor: torch.Tensor) -> Any:
         """Put a tensor away."""
-        if not self._on_disk:
+        if not self._apart:
             return tensor
         held = None if self._journal is None else self._journal.place_of(tensor)
         if held is not None:
@@ -112,6 +124,7 @@ class Journal:
     Args:
         folder: Made if it does not exist. One that holds anything but a journal is refused.
         signature: What the results depend on (JSON values); results of another signature are removed.
+        device: Where results are wanted.
 
     Attributes:
         found: How many results an earlier process has left.
@@ -120,8 +133,8 @@ class Journal:
         InputError: the folder holds something else.
     """
 
-    def __init__(self, folder: Path, signature: Mapping[str, Any]):
-        self.folder = folder
+    def __init__(self, folder: Path, signature: Mapping[str, Any], device: torch.device = CPU):
+        self.folder, self._device = folder, device
         text = json.dumps(signature, sort_keys=True)
         here = sorted(folder.iterdir()) if folder.is_dir() else []
         if here and not (folder / _SIGNATURE).is_file():
@@ -152,7 +165,8 @@ class Journal:
         tensors = read_tensors(path)
         self._last = [(t.data_ptr(), t.numel(), name) for name, t in tensors.items()]
         self._path = path
-        return [tensors.get(str(i)) for i in range(count)]
+        found = [tensors.get(str(i)) for i in range(count)]
+        return [None if tensor is None else tensor.to(self._device) for tensor in found]
 
     def place_of(self, tensor: torch.Tensor) -> tuple[Path, str, bool] | None:
         """Where a tensor lies if it is part of the latest result."""

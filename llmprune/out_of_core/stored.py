@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llmprune.checkpoints import adapters, loading
 from llmprune.errors import CheckpointError, InputError
+from llmprune.machine import cuda
 from llmprune.machine.budget import available_memory, parse_bytes, resident_memory
 from llmprune.out_of_core.reading import SLICE_BYTES, Files, Sliced, bytes_of
 from llmprune.out_of_core.shards import Stored, find_tensors
@@ -259,25 +260,33 @@ class Streaming:
     Attributes:
         budget: Bytes of memory that the process may have at most.
         state: Folder for what another process could go on from; None for none.
+        device: Where blocks run.
     """
 
     budget: int
     state: Path | None
+    device: torch.device
 
 
 def streaming_of(
-    model: nn.Module, stream: bool | None, memory_budget: int | str | None, state: str | Path | None
+    model: nn.Module,
+    stream: bool | None,
+    memory_budget: int | str | None,
+    state: str | Path | None,
+    device: str | torch.device | None = None,
 ) -> Streaming | None:
     """How to score a model block by block; None for one that is in memory.
 
     Raises:
-        InputError: streaming, a budget or a state is asked for, and the model is in memory; or the other way round.
+        InputError: streaming, a budget, a state or a device is asked for, and the model is in memory; or the other way
+            round; or the device is neither the CPU nor a CUDA device.
+        DeviceError: a CUDA device that cannot be used.
     """
     if source_of(model) is None:
-        if stream or memory_budget is not None or state is not None:
+        if stream or memory_budget is not None or state is not None or device is not None:
             raise InputError(
-                "stream, memory_budget and state are for weights that stay in their files, and this model is in "
-                "memory: give its folder, or what llmprune.open_model makes of it"
+                "stream, memory_budget, state and device are for weights that stay in their files, and this model is "
+                "in memory: give its folder, or what llmprune.open_model makes of it"
             )
         return None
     if stream is False:
@@ -285,7 +294,7 @@ def streaming_of(
     budget = resident_memory() + available_memory() * 9 // 10
     if memory_budget is not None:
         budget = parse_bytes(memory_budget)
-    return Streaming(budget, None if state is None else Path(state))
+    return Streaming(budget, None if state is None else Path(state), cuda.usable_device(device or "cpu"))
 
 
 def state_beside(output: Path) -> Path:

@@ -289,6 +289,7 @@ def score(
     stream: bool | None = None,
     memory_budget: int | str | None = None,
     state: str | Path | None = None,
+    device: str | torch.device | None = None,
     ranks: Ranks | None = None,
 ) -> Scores:
     """Score every coupled group of every prunable axis, and whole layers where they are asked for.
@@ -324,14 +325,14 @@ def score(
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.
         kinds: Kinds that are to be pruned: ``layer``, ``attention`` and ``feedforward`` have whole layers or these
-            parts of them scored too, and alone nothing else; importances
-            read off activations score these kinds only. None: every kind but ``layer`` (only ``layer`` for
-            block_influence).
+            parts of them scored too, and alone nothing else; importances read off activations score these kinds only.
+            None: every kind but ``layer`` (only ``layer`` for block_influence).
         stream: Of a folder, whether its weights stay there; None: where memory would not suffice.
         memory_budget: With streaming, most memory that the process may have: bytes, or text like ``4GB``. It keeps
             below that, or refuses before it begins. None: what the machine has free.
         state: With streaming, a folder in which each block's results are kept until the scores are there: after a
             crash, the same call goes on from them.
+        device: With streaming, where the blocks run: ``cpu``, ``cuda``, ``cuda:1``; None for the CPU.
         ranks: The processes of torch.distributed to share the samples with; each holds the model and is given the same
             arguments, and each gets the scores that one process alone would get of all samples.
 
@@ -346,8 +347,8 @@ def score(
     if not isinstance(model, nn.Module):
         model = opened(model, stream, memory_budget, state)
         if source_of(model) is None:
-            stream = memory_budget = None  # it fits
-    streaming = streaming_of(model, stream, memory_budget, state)
+            stream = memory_budget = device = None  # it fits
+    streaming = streaming_of(model, stream, memory_budget, state, device)
     if graph is None:
         from llmprune.tracing.trace import trace
 

@@ -25,6 +25,7 @@ def test_it_finds_a_device_or_says_why_not() -> None:
 
 def test_importing_llmprune_does_not_load_it() -> None:
     script = (
-        "import sys, llmprune, llmprune.score, llmprune.compact; assert 'llmprune._cuda' not in sys.modules"
+        "import sys, llmprune, llmprune.scoring.score, llmprune.compaction.compact\n"
+        "assert 'llmprune._cuda' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +131,148 @@ def test_each_expert_loses_the_channels_that_it_loses_on_the_cpu(release: bool) 
     llmprune.compact(device, plans[1], release=release)
     for name, parameter in device.named_parameters():
         assert torch.equal(parameter.cpu(), model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("importance", ["element1", "element2"])
+def test_blocks_that_come_from_files_score_as_in_memory(
+    model: torch.nn.Module, importance: str, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "m")
+    graph = llmprune.trace(model)
+    want = llmprune.score(model, graph, ids(model), importance=importance, quiet=True)
+    for size in (None, 2):
+        opened = llmprune.open_model(tmp_path / "m")
+        got = llmprune.score(
+            opened, graph, ids(model), importance=importance, batch_size=size, quiet=True, device="cuda"
+        )
+        for axis in want:
+            np.testing.assert_allclose(got[axis], want[axis], rtol=1e-3, atol=1e-7)
+        assert all(parameter.is_meta for parameter in opened.parameters())
+
+
+def alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Code in a process of its own, whose device may be ruined."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+PRELUDE = """
+import numpy as np, torch
+from llmprune import _core
+from llmprune.errors import DeviceError
+from llmprune.machine import cuda
+def score():
+    w, x, dy = (torch.randn(n, m, device="cuda") for n, m in ((64, 32), (16, 32), (16, 64)))
+    row, col = (torch.zeros(n, dtype=torch.float64, device="cuda") for n in (64, 32))
+    _core.linear_scores(w, x, dy, 2, 1, row, col, **cuda.options(w))
+    return row
+score()
+"""
+
+
+def test_a_context_that_was_destroyed_is_told_by_the_errors_name() -> None:
+    """A kernel's assertion ruins the context for the process, and all that follows is told so in a sentence."""
+    run = alone(
+        PRELUDE
+        + """
+w = torch.zeros(8, 8, device="cuda")
+options = cuda.options(w)
+out = torch.zeros(8, dtype=torch.float64, device="cuda")
+try:
+    torch._assert_async(torch.zeros((), device="cuda"))
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+try:
+    for _ in range(3):
+        _core.dot_columns(w, w, out, **options)
+except DeviceError as error:
+    print(error)
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    assert "cudaError" in run.stdout
+
+
+def test_a_refused_call_leaves_no_error_behind() -> None:
+    run = alone(
+        PRELUDE
+        + """
+w = torch.zeros(8, 8, device="cuda")
+try:
+    _core.linear_scores(w, w, w, 1, 2, *(torch.zeros(8, dtype=torch.float64, device="cuda") for _ in range(2)),
+                        stream=torch.cuda.current_stream().cuda_stream)
+except Exception as error:
+    print(type(error).__name__, error)
+torch.cuda.synchronize()
+assert torch.isfinite(score()).all()
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+def test_scores_can_be_captured_into_a_graph_and_compaction_says_that_it_cannot() -> None:
+    run = alone(
+        PRELUDE
+        + """
+w, x, dy = (torch.randn(n, m, device="cuda", dtype=torch.bfloat16) for n, m in ((64, 32), (16, 32), (16, 64)))
+row, col = (torch.zeros(n, dtype=torch.float64, device="cuda") for n in (64, 32))
+scratch = torch.empty(cuda.SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
+def work():
+    _core.linear_scores(w, x, dy, 2, 2, row, col, stream=torch.cuda.current_stream().cuda_stream, scratch=scratch)
+work()
+torch.cuda.synchronize()
+want = row.clone()
+row.zero_(); col.zero_()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    work()
+row.zero_(); col.zero_()
+for times in (1, 2, 3):
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(row, times * want, rtol=1e-12, atol=0)
+other = torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(other):
+        cuda.compact_many([torch.zeros(8, 8, device="cuda")], [{0: np.arange(4)}])
+except DeviceError as error:
+    print(error)
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    assert "cannot be captured into a graph (cudaErrorStreamCaptureUnsupported)" in run.stdout
+
+
+@pytest.mark.parametrize("segments", ["True", "False"])
+def test_release_gives_memory_back_with_expandable_segments_and_without(segments: str) -> None:
+    run = alone(
+        """
+import torch, llmprune
+model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12))).cuda()
+graph = llmprune.trace(model, {"input": torch.randn(2, 2048, device="cuda")})
+scores = llmprune.score(model, graph, importance="l2", quiet=True)
+kinds = sorted({axis.kind for axis in graph.axes if axis.prunable})
+plan = llmprune.plan(graph, scores, ratio=0.3, kinds=kinds)
+torch.cuda.synchronize(); torch.cuda.empty_cache()
+before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+torch.cuda.reset_peak_memory_stats()
+llmprune.compact(model, plan, release=True)
+torch.cuda.synchronize(); torch.cuda.empty_cache()
+print(torch.cuda.max_memory_allocated() - before, before - torch.cuda.memory_allocated(),
+      torch.cuda.mem_get_info()[0] - free)
+""",
+        PYTORCH_CUDA_ALLOC_CONF=f"expandable_segments:{segments}",
+    )
+    assert run.returncode == 0, run.stderr
+    extra, returned, freed = map(int, run.stdout.split())
+    matrix = 2048 * 2048 * 4
+    assert extra <= matrix + (64 << 20)
+    assert returned >= 2 * matrix
+    assert freed >= 2 * matrix

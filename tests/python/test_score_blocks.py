@@ -96,7 +96,7 @@ def test_no_schedule_changes_the_scores(monkeypatch, place, name, importance):
     monkeypatch.setattr("llmprune.scoring.reduction.SLICE_BYTES", 1000)
     for size, buffers, on_disk, fold in ((2, 1, True, True), (1, 2, True, False), (5, 1, False, True)):
         schedule = block_memory.Schedule(size, buffers, on_disk, fold, on_disk, 0, 0)
-        monkeypatch.setattr(block_stream, "choose", lambda *_, schedule=schedule: schedule)
+        monkeypatch.setattr(block_stream, "choose", lambda *_, device, schedule=schedule: schedule)
         got = score(open_model(folder), graph, ids_of(), importance=importance)
         assert worst(got, want) < 1e-6, schedule
 

@@ -27,7 +27,7 @@ static PyModuleDef_Slot module_slots[] = {
 static struct PyModuleDef module_def = {
     PyModuleDef_HEAD_INIT,
     .m_name = "llmprune._cuda",
-    .m_doc = "The CUDA kernels, for llmprune.cuda to hand to llmprune._core.",
+    .m_doc = "The CUDA kernels, for llmprune.machine.cuda to hand to llmprune._core.",
     .m_slots = module_slots,
 };
 
