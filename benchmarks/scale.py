@@ -169,10 +169,10 @@ def fitted(entries: list[dict[str, Any]], step: str) -> dict[str, float]:
     rest, spread = ((y - slope * x - intercept) ** 2).sum(), ((y - y.mean()) ** 2).sum()
     large = 70e9
     return {
-        "seconds per billion": slope * 1e9,
-        "intercept": intercept,
-        "R2": 1 - rest / spread,
-        "at 70B": slope * large + intercept,
+        "seconds per billion": float(slope * 1e9),
+        "intercept": float(intercept),
+        "R2": float(1 - rest / spread),
+        "at 70B": float(slope * large + intercept),
     }
 
 

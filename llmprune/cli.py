@@ -298,7 +298,6 @@ def _prune_by(options: argparse.Namespace, ranks: Ranks | None) -> None:
     check_run(options)
     clock = Stages(announcer(bool(options.quiet)))
     if must_stream(options.model, options.stream, options.memory_budget):
-        options.importance = best_importance(options.importance, wanted, alone=False)
         if ranks is not None:
             raise InputError("streaming runs in one process: start it without torchrun, or give --no-stream")
         prune_files(options, goals, clock)

@@ -27,26 +27,26 @@ def prune_files(options: argparse.Namespace, goals: Mapping[str, Any], clock: St
     from llmprune.checkpoints.loading import load_tokenizer
     from llmprune.out_of_core.stored import open_model
     from llmprune.pipeline.prune_stream import prune_streamed
-    from llmprune.scoring.sampling import calibration_for
 
     _check(options, goals)
     with clock.stage("open", f"reading the names of {options.model}"):
         model = open_model(options.model, trust_remote_code=options.trust_remote_code)
         tokenizer = load_tokenizer(options.model)
-    batch = None
-    if options.calibration is not None:
+    if options.calibration is not None or options.repair_calibration is not None:
         check_tokenizer(tokenizer, options.model)
-        batch = calibration_for(
-            options.importance, model, options.calibration, tokenizer, options.samples, options.length
-        )
     report = prune_streamed(
         model,
         options.model,
         options.output,
         options.ratio,
-        batch,
+        options.calibration,
         options.importance,
         options.aggregation,
+        tokenizer=tokenizer,
+        samples=options.samples,
+        length=options.length,
+        repair=options.repair,
+        repair_calibration=options.repair_calibration,
         overwrite=options.overwrite,
         form=options.form,
         seed=options.seed,
@@ -83,7 +83,6 @@ def _check(options: argparse.Namespace, goals: Mapping[str, Any]) -> None:
     wanting = {
         "--eval": options.eval is not None,
         "--generate": options.generate is not None,
-        "--repair ls": options.repair == "ls" or options.repair_calibration is not None,
         "a latency": goals.get("latency") is not None,
     }
     for what, given in wanting.items():

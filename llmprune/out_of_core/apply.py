@@ -34,7 +34,8 @@ from llmprune.compaction.compact import compact
 from llmprune.errors import CheckpointError, InputError
 from llmprune.out_of_core.lazy import Computed, Lazy, Value
 from llmprune.out_of_core.outline import Outline, build, compare_outlines, load_outline
-from llmprune.out_of_core.shards import INDEX, WEIGHTS, read_header
+from llmprune.out_of_core.shards import INDEX, WEIGHTS, Stored, read_header
+from llmprune.out_of_core.spill import Spill
 from llmprune.out_of_core.stream_io import Reader, write_shard
 from llmprune.planning.plan import Plan
 
@@ -49,6 +50,7 @@ def apply(
     inputs: Mapping[str, Any] | None = None,
     max_shard_size: int | str = SHARD_SIZE,
     quiet: bool | None = None,
+    weights: Spill | None = None,
 ) -> Saved:
     """Carry a plan out on a checkpoint folder; the result is what loading, compacting and saving would write.
 
@@ -65,6 +67,7 @@ def apply(
         inputs: keyword arguments of forward for the recorded passes; None makes them from the model's config.
         max_shard_size: bytes (or ``"5GB"``) after which another safetensors file begins.
         quiet: show no progress bar; None shows one on a terminal only.
+        weights: new values of some parameters, in the shapes they have afterwards, as a streamed repair leaves them.
 
     Returns:
         :class:`llmprune.checkpoints.checkpoint.Saved`; its ``max_error`` is 0 where the recorded passes are the same.
@@ -82,7 +85,7 @@ def apply(
     if source.exists() and target.exists() and source.samefile(target):
         raise InputError(f"{output} is the checkpoint itself: choose another output folder")
     outline = load_outline(source)
-    record, values = _compacted(outline, chosen)
+    record, values = _compacted(outline, chosen, {} if weights is None else weights.stored)
     tokenizer = load_tokenizer(source)
     needed = sum(value.bytes for value in values.values()) + BESIDES
     with published(target, overwrite, needed) as folder:
@@ -101,15 +104,23 @@ def _check_size(size: int | str) -> None:
         raise InputError(f"the shard size must be like 5GB or 500MB, not {size!r}") from error
 
 
-def _compacted(outline: Outline, plan: Plan) -> tuple[Compaction, dict[int, Value]]:
+def _compacted(
+    outline: Outline, plan: Plan, repaired: Mapping[str, Stored]
+) -> tuple[Compaction, dict[int, Value]]:
     """Compact the outline; the record, and what the tensors (by id: they stay the same objects) hold afterwards."""
     model, values = outline.model, outline.values
     scales = {scale.parameter: scale for scale in plan.rescaled}
     tensors = universal.tensors_of(model)
-    compact(model, plan)
+    compact(
+        model,
+        plan,
+        {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in repaired.items()},
+    )
     held = {}
     for name, value in values.items():
         value = value.keep(plan.kept.get(name, {}))
+        if name in repaired:
+            value = Value.of(repaired[name])
         if name in scales:
             value = _scaled(value, scales[name].apply)
         held[id(tensors[name])] = value

@@ -71,6 +71,7 @@ def block_streamed_sums(
     progress: Callable[[str], None],
     batch_size: int | None = None,
     stacks: Collection[str] = (),
+    watch: Callable[[str, torch.Tensor], None] | None = None,
 ) -> Sums:
     """As :func:`llmprune.scoring.streaming.streamed_sums`, of a model on the meta device.
 
@@ -84,6 +85,8 @@ def block_streamed_sums(
         progress: Called with the name of each parameter as it is done.
         batch_size: How many samples run at a time inside a block; None for as many as fit.
         stacks: Names of parameters whose slices along dimension 0 are told apart.
+        watch: Called with the name of a scored parameter of a block and the gradient (rows, out) of each product with
+            it, of the losses' sum.
 
     Raises:
         InputError: The model is no chain of repeated blocks, or needs what only whole passes can give, or the budget
@@ -127,7 +130,7 @@ def block_streamed_sums(
         try:
             while True:
                 try:
-                    sums = _BlockPass(task, route, weights, schedule, boundaries, journal).run()
+                    sums = _BlockPass(task, route, weights, schedule, boundaries, journal, watch).run()
                     break
                 except Reroute as reroute:
                     if reroute.names <= route.general:
@@ -210,7 +213,9 @@ class _BlockPass:
         schedule: Schedule,
         boundaries: Boundaries,
         journal: Journal | None,
+        watch: Callable[[str, torch.Tensor], None] | None = None,
     ):
+        self.watch = watch
         self.task, self.route, self.weights, self.schedule = task, route, weights, schedule
         self.boundaries, self.journal = boundaries, journal
         self.batch_size = schedule.batch_size
@@ -232,6 +237,8 @@ class _BlockPass:
         copied = self.route.copied & set(self.outer)
         mode = Interposer(self.outer, set(streamed), copied, reducer, task.stored)
         mode.densities, mode.length = self.route.densities, task.batch.tokens // self.samples
+        if self.watch is not None:
+            mode.watch = self._watched
         reducer.begin(0, self.samples)
         with requiring_grad(p for p in self.outer.values() if id(p) not in task.stored):
             with stands(task.model, self.route.blocks, self._call), mode:
@@ -250,7 +257,7 @@ class _BlockPass:
 
     def _losses(self, mode: Interposer) -> torch.Tensor:
         task = self.task
-        if self.route.head is None or not task.losses_of.plain:
+        if self.route.head is None or not task.losses_of.plain or self.watch is not None:
             return task.losses_of(task.batch)
         return fused_losses(task, self.route, task.batch, mode, self.schedule.logits)
 
@@ -354,6 +361,10 @@ class _BlockPass:
         self._give_back()
         return totals
 
+    def _watched(self, name: str, dy: torch.Tensor) -> None:
+        assert self.watch is not None
+        self.watch(name, dy if self.factor == 1 else dy / self.factor)
+
     def _reduced(
         self,
         run: Run,
@@ -376,6 +387,8 @@ class _BlockPass:
         )
         mode = Interposer(own, set(streamed), (route.copied & set(names)) - self.general, reducer)
         mode.densities, mode.length = route.densities, task.batch.tokens // self.samples
+        if self.watch is not None:
+            mode.watch = self._watched
         totals: list[torch.Tensor | None] = [None] * len(inputs)
         active = {name: p for name, p in own.items() if name not in later}
         with requiring_grad(active.values()):

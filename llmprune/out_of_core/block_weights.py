@@ -308,6 +308,6 @@ class Outside:
         return [name for name, p in self._parameters.items() if id(p) in self._loaded]
 
     def keep(self, names: set[str]) -> None:
-        """Have these in memory whole, too."""
-        for name in names:
+        """Have these in memory whole, too; buffers are."""
+        for name in names & set(self._parameters):
             self.stored.pop(id(self._parameters[name]), None)

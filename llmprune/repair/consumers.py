@@ -59,14 +59,30 @@ def id_of(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """A parameter in memory: bytes ``start`` to ``end`` of a storage."""
+
+    name: str
+    weight: torch.Tensor
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, name: str, weight: torch.Tensor) -> _Placed:
+        start = int(weight.storage_offset()) * weight.element_size()
+        return cls(name, weight, start, start + weight.numel() * weight.element_size())
+
+
 class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls an observer at each use of some parameters.
 
     Args:
-        weights: name -> parameter of the running model; those that are not contiguous are not seen.
+        weights: name -> parameter of the running model; those that are not contiguous, or in no memory yet, are not
+            seen. :meth:`place` replaces entries.
         inner: name -> the dimensions whose contraction counts.
         observe: see :data:`Observer`.
-        biases: name -> 1-D parameter that may be a use's bias.
+        biases: name -> 1-D parameter that may be a use's bias; likewise.
 
     Attributes:
         elsewhere: names of the parameters that other operations read, noted where it is a set to begin with.
@@ -76,20 +92,38 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        weights: Mapping[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
         inner: Mapping[str, Collection[int]],
         observe: Observer,
-        biases: Mapping[str, torch.Tensor] | None = None,
+        biases: dict[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._weights = {
-            weights[name].untyped_storage().data_ptr(): (name, weights[name])
-            for name in inner
-            if weights[name].is_contiguous()
-        }
-        self._biases = {id_of(bias): name for name, bias in (biases or {}).items()}
         self._inner = inner
         self._observe = observe
+        self._all_weights, self._all_biases = weights, {} if biases is None else biases
+        self._weights: dict[int, list[_Placed]] = {}
+        self._biases: dict[tuple[int, int], str] = {}
+        for name in {**dict.fromkeys(inner), **self._all_biases}:
+            tensor = weights.get(name, self._all_biases.get(name))
+            if tensor is not None and not tensor.is_meta:
+                self.place(name, tensor)
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that are looked for."""
+        return set(self._inner) & set(self._all_weights)
+
+    def place(self, name: str, tensor: torch.Tensor) -> None:
+        """A parameter is in memory here from now on, in the place of whatever was."""
+        if name in self._all_biases:
+            self._all_biases[name] = tensor
+            self._biases[id_of(tensor)] = name
+        if name in self._all_weights:
+            self._all_weights[name] = tensor
+            if name in self._inner and tensor.is_contiguous() and tensor.numel():
+                placed = _Placed.of(name, tensor)
+                here = self._weights.setdefault(tensor.untyped_storage().data_ptr(), [])
+                here[:] = [p for p in here if p.end <= placed.start or placed.end <= p.start] + [placed]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,13 +143,11 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, args: tuple[Any, ...], out: Any) -> None:
         """Note the parameters that an operation reads, unless its result is but another view of them."""
         for arg in args:
-            found = (
-                self._weights.get(arg.untyped_storage().data_ptr()) if isinstance(arg, torch.Tensor) else None
-            )
+            found = self._placed(arg) if isinstance(arg, torch.Tensor) else None
             if found is None or self.elsewhere is None:
                 continue
-            if not isinstance(out, torch.Tensor) or out.untyped_storage().data_ptr() != id_of(found[1])[0]:
-                self.elsewhere.add(found[0])
+            if not isinstance(out, torch.Tensor) or id_of(out)[0] != id_of(found.weight)[0]:
+                self.elsewhere.add(found.name)
 
     def _biased(self, use: Use, bias: torch.Tensor | None) -> Use:
         """The use with its bias, where that is a whole parameter with one entry for each output."""
@@ -132,7 +164,7 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._observe(use, b.t(), out.t())
 
     def _products(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        if b.untyped_storage().data_ptr() not in self._weights:
+        if self._placed(b) is None:
             return
         if b.stride(0) == 0 or len(b) == 1:  # one matrix for the whole batch
             if (use := self._find(b[0])) is not None:
@@ -143,25 +175,33 @@ class Taps(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _convolution(self, args: tuple[Any, ...], out: torch.Tensor) -> None:
         x, weight, bias, stride, padding, dilation, transposed, _, groups = args
-        found = self._weights.get(weight.untyped_storage().data_ptr())
-        if found is None or 1 not in self._inner[found[0]] or transposed or groups != 1 or out.dim() > 4:
+        found = self._placed(weight)
+        if found is None or 1 not in self._inner[found.name] or transposed or groups != 1 or out.dim() > 4:
             return
         kernel = tuple(weight.shape[2:])
         if len(kernel) == 1:  # as an image of height 1
             x, kernel = x.unsqueeze(2), (1, *kernel)
             stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
         columns = F.unfold(x, kernel, dilation, padding, stride)
-        use = Use(found[0], 1, 0, None, 0, len(weight), kernel[0] * kernel[1])
+        use = Use(found.name, 1, 0, None, 0, len(weight), kernel[0] * kernel[1])
         self._observe(
             self._biased(use, bias), columns.transpose(1, 2), out.view(*out.shape[:2], -1).transpose(1, 2)
         )
 
+    def _placed(self, view: torch.Tensor) -> _Placed | None:
+        """The parameter that a view begins in."""
+        start = int(view.storage_offset()) * view.element_size()
+        for placed in self._weights.get(view.untyped_storage().data_ptr(), ()):
+            if placed.start <= start < placed.end:
+                return placed
+        return None
+
     def _find(self, view: torch.Tensor) -> Use | None:
         """Which part of which parameter a matrix (inputs x outputs) is; None if it is none that counts."""
-        found = self._weights.get(view.untyped_storage().data_ptr())
+        found = self._placed(view)
         if found is None:
             return None
-        name, weight = found
+        name, weight = found.name, found.weight
         if weight.dim() not in (2, 3):
             return None
         rows, columns = weight.shape[-2:]

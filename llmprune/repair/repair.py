@@ -15,6 +15,9 @@ calibration tokens, in one of two orders:
 ``one-shot``
     The original model's inputs alone, restricted to what stays, are fitted to what the removed ones contribute.
 
+A model whose weights are in their files runs block by block, and what a block's weights will be waits in a file of a
+folder: of the fits one block's are in memory.
+
 One sample in eight is held out. They choose each fit's ridge, with no change among the candidates, and in the end the
 whole repair is dropped if the held-out loss did not fall.
 """
@@ -24,7 +27,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +40,10 @@ from llmprune.compaction.compact import compacted_copy, gather
 from llmprune.compaction.depth import bypassed
 from llmprune.compaction.verify import experts_computed_by
 from llmprune.errors import InputError
+from llmprune.out_of_core.block_taps import check_room, inside_blocks, tapping
+from llmprune.out_of_core.masked import judge_by_blocks
+from llmprune.out_of_core.spill import Spill
+from llmprune.out_of_core.stored import source_of
 from llmprune.repair.consumers import Taps, Use, id_of
 from llmprune.repair.least_squares import Fit, Inputs, fit
 from llmprune.scoring.calibration import Batch
@@ -127,22 +136,32 @@ class Repair:
 
 
 def repair(
-    model: nn.Module, plan: Any, batch: Batch, *, order: str = "sequential", judged: bool = True
+    model: nn.Module,
+    plan: Any,
+    batch: Batch,
+    *,
+    order: str = "sequential",
+    judged: bool = True,
+    folder: Path | None = None,
+    budget: int | None = None,
 ) -> Repair:
     """Fit the consumers of what ``plan`` removes; ``model`` is left as it was.
 
     Args:
-        model: the model the plan was made for, not yet compacted, with its weights.
+        model: the model the plan was made for, not yet compacted, with its weights, or as
+            :func:`llmprune.open_model` makes it.
         plan: a :class:`llmprune.planning.plan.Plan`.
         batch: calibration samples, at least two.
         order: ``sequential`` or ``one-shot``.
         judged: whether the whole repair is dropped if the held-out loss does not fall.
+        folder: of a model whose weights are in their files, where new ones are put; the caller removes it.
+        budget: bytes of memory that the process may have meanwhile; None: what the machine has free.
 
     Returns:
         The :class:`Repair`; its weights go to :func:`llmprune.compaction.compact.compact`.
 
     Raises:
-        InputError: an unknown order, or a single sample.
+        InputError: an unknown order, a single sample, or a budget that is too small.
         PlanError, TensorError: as :func:`llmprune.compact`.
     """
     if order not in ORDERS:
@@ -158,13 +177,24 @@ def repair(
     places = torch.tensor([*fitted, *sorted(set(range(batch.samples)) - set(fitted))])
     batch = Batch({name: t[places.to(t.device)] for name, t in batch.inputs.items()}, batch.hash)
     last = batch.take(len(fitted), batch.samples)
+    streamed = source_of(model) is not None
     # A loop over the experts multiplies by parts of their stacks, which can be told; other ways copy them first.
     with undisturbed(model), experts_computed_by("eager", model), torch.no_grad():
-        work = _Repairer(model, plan, batch.samples, held)
+        work = _Repairer(model, plan, batch.samples, held, Spill(folder) if folder is not None else None)
+        if streamed:
+            check_room(model, 2 * batch.tokens, work.solving(batch.tokens), budget, "repairing")
         work.run(batch, order == "sequential")
-        loss = _judge(model, plan, work.repaired, last) if work.repaired and judged else None
-    kept = bool(work.repaired) and (loss is None or loss[1] < loss[0])
-    weights = {name: work.repaired[name] for name in sorted(work.repaired)} if kept else {}
+        repaired: Mapping[str, torch.Tensor] = work.repaired
+        if work.spill is not None:
+            work.flush()
+            repaired = work.spill
+        loss = None
+        if repaired and judged:
+            loss = (judge_by_blocks if streamed else _judge)(model, plan, repaired, last)
+    kept = bool(repaired) and (loss is None or loss[1] < loss[0])
+    weights: Mapping[str, torch.Tensor] = {}
+    if kept:
+        weights = repaired if streamed else {name: repaired[name] for name in sorted(repaired)}
     tokens = batch.take(0, len(fitted)).tokens
     found = Repair(
         weights,
@@ -219,10 +249,13 @@ class _Repairer:
         plan: the plan.
         samples: calibration samples.
         held: how many of them, the last, are held out.
+        spill: where what a block's weights will be goes when the next block comes; None: it stays in memory.
     """
 
-    def __init__(self, model: nn.Module, plan: Any, samples: int, held: int) -> None:
-        self._model, self._samples, self._held = model, samples, held
+    def __init__(
+        self, model: nn.Module, plan: Any, samples: int, held: int, spill: Spill | None = None
+    ) -> None:
+        self._model, self._samples, self._held, self.spill = model, samples, held, spill
         self._kept = dict(plan.kept)
         self._cut = {name for name, p in model.named_parameters() if name in plan.kept}
         scope = getattr(plan, "options", {}).get("scope")
@@ -237,6 +270,9 @@ class _Repairer:
             if name in self._cut
             or (p.dim() == 2 and p.is_floating_point() and (not scope or under(name, scope)))
         }
+        if spill is not None:  # outside the blocks nothing is adjusted
+            inside = inside_blocks(model)
+            self._weights = {n: p for n, p in self._weights.items() if n in inside or n in self._cut}
         self._inner = {name: set(range(p.dim())) for name, p in self._weights.items()}
         self._changes: dict[Use, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self._doubled = self._carry_out = False
@@ -277,7 +313,11 @@ class _Repairer:
         drops = self._drops if sequential else ()
         parts = self._parts if sequential else ()
         taps = Taps(self._weights, inner, self._meet, self._biases)
-        with taps, bypassed(self._model, drops, self._past), silenced(self._model, parts, self._quiet):
+        with (
+            self._tapping(taps, batch),
+            bypassed(self._model, drops, self._past),
+            silenced(self._model, parts, self._quiet),
+        ):
             _forward(self._model, Batch(inputs, batch.hash))
 
     def _consumes(self, use: Use) -> bool:
@@ -317,9 +357,28 @@ class _Repairer:
         }
         taps = Taps(self._weights, self._inner, see, self._biases)
         taps.elsewhere = set()
-        with taps:
+        with self._tapping(taps, batch):
             _forward(self._model, Batch(twice, batch.hash))
         return uses, apart, taps.elsewhere
+
+    def _tapping(self, taps: Taps, batch: Batch) -> AbstractContextManager[None]:
+        return tapping(self._model, taps, batch, lambda name: self.flush())
+
+    def flush(self) -> None:
+        """Put away what the weights of the block that is done will be, where they do not stay in memory."""
+        if self.spill is not None and self.repaired:
+            self.spill.put(self.repaired)
+            self.repaired = {}
+
+    def solving(self, tokens: int) -> int:
+        """Bytes that the largest fit takes: Gram matrix and factors, the change, and what goes of the weight."""
+        most = 0
+        for name in self._cut:
+            shape, gone = self._weights[name].shape, self._kept[name]
+            for dim in gone:
+                width = min(tokens, shape[dim])
+                most = max(most, 3 * 8 * width**2 + 3 * 8 * self._weights[name].numel())
+        return most
 
     def _meet(self, use: Use, x: torch.Tensor, y: torch.Tensor) -> None:
         consumes = self._consumes(use)

@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmprune.errors import CalibrationError
+from llmprune.errors import CalibrationError, InputError
+from llmprune.out_of_core.block_taps import check_room, tapping
 from llmprune.repair.consumers import Taps, Use
 from llmprune.repair.moments import Consumer, Moments
 from llmprune.scoring.calibration import Batch
-from llmprune.scoring.importance import Importance
+from llmprune.scoring.importance import Importance, lookup
 from llmprune.scoring.loss import SampleLosses, check_losses, logits_of
 
 if TYPE_CHECKING:
+    from llmprune.out_of_core.stored import Streaming
     from llmprune.planning.apart import Around
     from llmprune.tracing.graph import Axis, Graph
 
@@ -48,6 +50,7 @@ def activation_scores(
     losses_of: SampleLosses | None,
     batch_size: int | None,
     tick: Callable[[int], object],
+    streaming: Streaming | None = None,
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
     """Scores of the axes that a parameter consumes; the others have none.
 
@@ -62,30 +65,41 @@ def activation_scores(
         losses_of: the loss whose curvature weighs the consumers; None: they weigh the same.
         batch_size: samples that run at a time; None: all.
         tick: called with the number of samples done.
+        streaming: how, of a model whose weights are in their files: all samples pass block by block.
 
     Returns:
         Axis id -> (size,), and axis id -> (outer size, size), both float64.
 
     Raises:
         CalibrationError: a consumer's inputs, or a sample's loss, are not finite.
+        InputError: streaming does not apply, or its budget is too small.
     """
     inner: dict[str, set[int]] = {}
     for axis in axes:
         for member in axis.members:
             inner.setdefault(member.parameter, set()).add(member.dim)
     weights = {n: p.data for n, p in model.named_parameters() if n in inner}
-    step = batch_size or batch.samples
+    step = batch.samples if streaming is not None else batch_size or batch.samples
     parts = [batch.take(i, min(i + step, batch.samples)) for i in range(0, batch.samples, step)]
     expected: Counter[Use] = Counter()
     curvature: dict[Use, float] = {}
-    if rule.gram:
-        with torch.no_grad(), Taps(weights, inner, lambda use, _x, _y: expected.update([use])):
+    if streaming is not None:
+        widest = max((w.shape[dim] for name, w in weights.items() for dim in inner[name]), default=0)
+        check_room(model, batch.tokens, 4 * 8 * widest**2, streaming.budget, f"scoring by {rule.name}")
+    if rule.gram or streaming is not None:
+        taps = Taps(weights, inner, lambda use, _x, _y: expected.update([use]))
+        with torch.no_grad(), tapping(model, taps, batch):
             logits_of(model, batch.sketch(_SKETCH).inputs)
-        if losses_of is not None:
+    if rule.gram and losses_of is not None:
+        if streaming is None:
             curvature = _curvature(model, weights, inner, batch, losses_of)
+        else:
+            curvature = _streamed_curvature(
+                model, sorted(weights), inner, set(expected), batch, losses_of, streaming
+            )
     for counts in (expected, Counter[Use]()):
         work = _Scorer(graph, weights, axes, outer, rule, curvature, counts, len(parts))
-        with torch.no_grad(), Taps(weights, inner, work.see):
+        with torch.no_grad(), tapping(model, Taps(weights, inner, work.see), batch):
             for part in parts:
                 work.begin()
                 with contextlib.suppress(_Done):
@@ -94,13 +108,18 @@ def activation_scores(
                     tick(part.samples)
         if not work.late:  # else which experts are met depends on the tokens: hold every sum until the end
             break
+        if streaming is not None:
+            raise InputError(
+                f"which parts of {type(model).__name__} run depends on the tokens, so that {rule.name} needs all of it "
+                "in memory: load the model, or score by gradients"
+            )
     work.finish()
     return work.flat, work.nested
 
 
 def _curvature(
     model: nn.Module,
-    weights: Mapping[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
     inner: Mapping[str, set[int]],
     batch: Batch,
     losses_of: SampleLosses,
@@ -141,14 +160,58 @@ def _curvature(
         for parameter in small:
             parameter.requires_grad_(False)
             parameter.grad = None
-    every = part.samples * length
-    found = {}
+    summed = {}
     for use in uses:
         there = [u for u in squares if (u.name, u.lead, u.inner) == (use.name, use.lead, use.outer)]
-        if there and use.taps == 1:
-            # The mean over all tokens of what those that come by this use have; losses are means over their samples.
-            square = sum(squares[u] for u in there) / every * length**2
-            found[use] = 0.5 * square / max(1, use.count)
+        if there:
+            summed[use] = sum(squares[u] for u in there)
+    return _per_output(uses, summed, part)
+
+
+def _streamed_curvature(
+    model: nn.Module,
+    names: list[str],
+    inner: Mapping[str, set[int]],
+    uses: set[Use],
+    batch: Batch,
+    losses_of: SampleLosses,
+    streaming: Streaming,
+) -> dict[Use, float]:
+    """The same, from a first-order pass block by block."""
+    from llmprune.out_of_core.block_stream import block_streamed_sums
+
+    length = max(1, batch.tokens // batch.samples)
+    part = batch.take(0, min(batch.samples, -(-GRADIENT_TOKENS // length)))
+    squares: dict[str, float] = {}
+
+    def watch(name: str, dy: torch.Tensor) -> None:
+        squares[name] = squares.get(name, 0.0) + float(dy.double().square().sum())
+
+    if any(use.lead is not None for use in uses):
+        raise InputError(
+            f"{type(model).__name__} has stacks of experts, whose curvature is taken of models in memory alone: load "
+            "the model, or score by gradients or by fluctuation"
+        )
+    block_streamed_sums(
+        *(model, part, losses_of, names, lookup("vector"), replace(streaming, state=None)),
+        progress=lambda name: None,
+        watch=watch,
+    )
+    summed = {use: squares[use.name] for use in uses if use.name in squares}
+    return _per_output({use for use in uses if use.inner in inner[use.name]}, summed, part)
+
+
+def _per_output(uses: set[Use], squares: Mapping[Use, float], part: Batch) -> dict[Use, float]:
+    """Half the mean square of one output's gradient, from the sums of squares over all outputs of a use and tokens.
+
+    The mean is over all tokens, of what those have that come by the use; losses are means over their samples.
+    """
+    length = max(1, part.tokens // part.samples)
+    found = {
+        use: 0.5 * squares[use] / (part.samples * length) * length**2 / max(1, use.count)
+        for use in uses
+        if use in squares and use.taps == 1
+    }
     mean = float(np.mean(list(found.values()))) if found else 1.0
     return {use: found.get(use, mean) or np.finfo(np.float64).tiny for use in uses}
 

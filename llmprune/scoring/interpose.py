@@ -75,6 +75,8 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         dflat = dy.reshape(len(flat), -1)
         use.interposer.observe(use.name, dflat)
+        if use.interposer.watch is not None:
+            use.interposer.watch(use.name, dflat)
         if dx is not None and reducer.importance.additive:
             constant = bias[0] if bias is not None and bias.dim() == 2 else bias
             y = ctx.y
@@ -196,6 +198,8 @@ class Interposer(TorchFunctionMode):
         """Name -> rows for each token that its uses may have, where samples are told apart; noted while surveying."""
         self.length = 1
         """Tokens of a sample."""
+        self.watch: Callable[[str, torch.Tensor], None] | None = None
+        """Called with the name of each scored product's weight and the gradient (rows, out) at its outputs."""
         self.looks_ahead = False
         """While surveying: whether a use at a last token had a gradient."""
 

@@ -366,11 +366,13 @@ def score(
         raise InputError(f"{what} cannot be scored by several processes together: run one alone")
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
-    if streaming is not None and (stacks or rule.sort == "inputs"):
+    if streaming is not None and stacks:
         raise InputError(
-            f"{importance} scores {'of whole layers or their parts ' if stacks else ''}are taken of models in memory "
-            "alone: load the model, or choose another importance or kinds"
+            f"{importance} scores of whole layers or their parts are taken of models in memory alone: load the model, "
+            "or choose other kinds"
         )
+    if streaming is not None and rule.sort == "inputs" and streaming.device.type != "cpu":
+        raise InputError(f"{importance} scores of streamed models are taken on the CPU: leave device out")
     outer = {axis.id: around for axis in axes if (around := _around(graph, axis)) is not None}
     stacks_apart = {
         member.parameter
@@ -391,11 +393,11 @@ def score(
         }
     elif rule.sort == "inputs":
         axes = [axis for axis in axes if not kinds or axis.kind in kinds]
-        _check_weights(parameters)
+        _check_weights(parameters, streaming is not None)
         batch = calibration_for(importance, model, calibration, tokenizer, samples, length)
         with _damage_named(model, parameters):
             values, tables, comparable = _of_activations(
-                model, graph, axes, outer, batch, rule, loss, batch_size, quiet
+                model, graph, axes, outer, batch, rule, loss, batch_size, quiet, streaming
             )
             axes = [axis for axis in axes if axis.id in values]
             _check_finite(axes, values, importance)
@@ -461,6 +463,7 @@ def _of_activations(
     loss: UserLoss | None,
     batch_size: int | None,
     quiet: bool | None,
+    streaming: Streaming | None,
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], bool]:
     """Scores read off activations, and whether they are in units of the loss; the model is as it was afterwards."""
     with (
@@ -469,9 +472,11 @@ def _of_activations(
         _ids_in_range(),
         tqdm(total=batch.samples, desc=f"scoring ({rule.name})", unit="sample", disable=quiet) as bar,
     ):
-        losses_of = loss_of(model, loss, batch) if rule.gram else None
+        losses_of = None
+        if rule.gram:
+            losses_of = loss_of(model, loss, batch) if streaming is None else SampleLosses(model, loss, batch)
         values, nested = activation_scores(
-            model, graph, axes, outer, batch, rule, losses_of, batch_size, bar.update
+            model, graph, axes, outer, batch, rule, losses_of, batch_size, bar.update, streaming
         )
         return values, nested, losses_of is not None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_models import build
 import llmprune
 from llmprune.checkpoints.loading import load_model
 from llmprune.cli import main
-from llmprune.errors import VerificationError
+from llmprune.errors import InputError, VerificationError
 from llmprune.out_of_core.stored import open_model
 from llmprune.pipeline import prune_stream
 from llmprune.pipeline.prune_stream import prune_streamed
@@ -48,7 +49,14 @@ def test_the_files_are_those_of_pruning_in_memory(tmp_path, family, options):
     )
     ratio = common.pop("ratio")
     report = prune_streamed(
-        open_model(tmp_path / "m"), tmp_path / "m", tmp_path / "b", ratio, ids_of(), quiet=True, **common
+        open_model(tmp_path / "m"),
+        tmp_path / "m",
+        tmp_path / "b",
+        ratio,
+        ids_of(),
+        quiet=True,
+        repair="none",
+        **common,
     )
     assert report.verification is not None
     assert report.verification.relative_error <= 1e-5
@@ -60,6 +68,70 @@ def test_the_files_are_those_of_pruning_in_memory(tmp_path, family, options):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert report.after.parameters == sum(p.numel() for p in load_model(tmp_path / "b").parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"ratio": 0.2}),
+        ("qwen3", {"ratio": {"query": 0.5, "ffn": 0.3}}),
+        ("gpt2", {"ratio": 0.25}),
+        ("opt", {"ratio": 0.2, "importance": "fluctuation"}),
+        ("llama", {"ratio": {"channel": 0.2, "ffn": 0.3}, "importance": "element1"}),
+        ("mixtral", {"ratio": {"head": 0.5}, "importance": "element1"}),
+    ],
+)
+def test_repair_by_blocks_is_that_in_memory(tmp_path, family, options):
+    """By default obs and sequential repair, as in memory: the same kept sets, the same new weights to rounding."""
+    build(family).save_pretrained(tmp_path / "m", max_shard_size="30KB")
+    common = {"protect_first": 0, "protect_last": 0, "repair": "ls", **options}
+    if isinstance(options["ratio"], dict):
+        common["kinds"] = tuple(options["ratio"])
+    data = ids_of(12, 24)
+    model = load_model(tmp_path / "m")
+    want = llmprune.prune(model, None, calibration=data, output=tmp_path / "a", quiet=True, **common)
+    ratio = common.pop("ratio")
+    got = prune_streamed(
+        open_model(tmp_path / "m"), tmp_path / "m", tmp_path / "b", ratio, data, quiet=True, **common
+    )
+    assert got.importance == want.importance
+    assert got.plan.digest() == want.plan.digest()
+    assert want.repair.loss == pytest.approx(got.repair.loss, rel=1e-5)
+    assert want.repair.kept is got.repair.kept
+    assert want.repair.ridges == got.repair.ridges
+    assert want.repair.biases == got.repair.biases
+    assert got.verification.relative_error <= 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "m"]
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {p.name for p in (tmp_path / "a").iterdir()}
+    first, second = (
+        {k: v for f in (tmp_path / n).glob("*.safetensors") for k, v in load_file(f).items()} for n in "ab"
+    )
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+    records = [json.loads((tmp_path / n / "llmprune.json").read_text()) for n in "ab"]
+    assert records[0]["history"][-1]["repaired"] == records[1]["history"][-1]["repaired"]
+    loaded = load_model(tmp_path / "b")
+    assert sum(p.numel() for p in loaded.parameters()) == got.after.parameters
+
+
+def test_what_streaming_cannot_repair_and_a_budget_too_small(tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=r"experts of .* lose channels of their own.*--no-stream"):
+        prune_streamed(
+            open_model(tmp_path / "m"), tmp_path / "m", tmp_path / "b", {"ffn": 0.25}, ids_of(), quiet=True,
+            repair="ls", protect_first=0, protect_last=0,
+        )  # fmt: skip
+    build("llama").save_pretrained(tmp_path / "l")
+    for importance, what in (("obs", "scoring by obs"), ("l2", "repairing")):
+        with pytest.raises(
+            InputError, match=rf"{what} block by block takes .* and the budget is 1MB: raise it to"
+        ):
+            prune_streamed(
+                open_model(tmp_path / "l"), tmp_path / "l", tmp_path / "b", 0.2, ids_of(), importance,
+                quiet=True, repair="ls", memory_budget="1MB",
+            )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["l", "m"]
 
 
 def test_a_result_that_computes_something_else_is_not_published(monkeypatch, tmp_path):
@@ -91,6 +163,8 @@ def test_the_command_line(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "verified: equal to the masked reference" in said
     assert "weights stayed in their files" in said
+    assert "pruned by obs (global allocation)" in said
+    assert "consumers by least squares" in said
     load_model(tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
@@ -104,8 +178,7 @@ def test_the_command_line(tmp_path, capsys):
             "--eval needs the whole model in memory",
         ),
         (["--output", "{}/b", "--generate", "Once"], "--generate needs the whole model"),
-        (["--output", "{}/b", "--repair", "ls"], "--repair ls needs the whole model"),
-        (["--output", "{}/b", "--importance", "obs"], "in memory alone"),
+        (["--output", "{}/b", "--kinds", "layer"], "of models in memory alone"),
         (["--output", "{}/b", "--memory-budget", "1MB"], "raise it to"),
         (["--output", "{}/b", "--memory-budget", "much"], "no amount of memory"),
     ],
