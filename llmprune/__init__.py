@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmprune.evaluation.evaluate import Evaluation, evaluate
     from llmprune.machine.doctor import doctor
     from llmprune.out_of_core.apply import apply
+    from llmprune.out_of_core.scattered import gather
     from llmprune.out_of_core.stored import open_model
     from llmprune.pipeline.prune import Report, prune
     from llmprune.planning.plan import Plan, plan
@@ -57,6 +58,7 @@ __all__ = [
     "errors",
     "evaluate",
     "from_pretrained",
+    "gather",
     "measure_request",
     "open_model",
     "plan",
@@ -87,6 +89,7 @@ _HOME = {
     "compact": "compaction.compact",
     "doctor": "machine.doctor",
     "evaluate": "evaluation.evaluate",
+    "gather": "out_of_core.scattered",
     "from_pretrained": "checkpoints.checkpoint",
     "measure_request": "planning.request",
     "open_model": "out_of_core.stored",

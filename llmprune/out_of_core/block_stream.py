@@ -119,8 +119,10 @@ def block_streamed_sums(
         each = [Weights.bytes_of(parameters, alone) for alone in own]
         extra = max(sum(source.extra_bytes(n, parameters[n].dtype) for n in alone) for alone in own)
         sizes = sizes_of(task, route, own, max(each), extra, of_sample.border)
-        schedule = choose(
-            *(sizes, of_sample, len(blocks), batch.samples, streaming.budget, batch_size), device=device
+        schedule = source.agreed(
+            lambda: choose(
+                *(sizes, of_sample, len(blocks), batch.samples, streaming.budget, batch_size), device=device
+            )
         )
         journal = None
         if streaming.state is not None:

@@ -77,10 +77,14 @@ def check_room(model: Any, tokens: int, solving: int, budget: int | None, doing:
     block = max(sum(parameters[n].numel() * parameters[n].element_size() for n in names) for names in own)
     extra = max(sum(source.extra_bytes(n, parameters[n].dtype) for n in names) for names in own)
     widest = max(max(parameters[n].shape) for names in own for n in names)
-    need = resident_memory() + 2 * block + extra + _LIVE * 4 * tokens * widest + solving + _SLACK
-    room = resident_memory() + available_memory() * 9 // 10 if budget is None else budget
-    if need > room:
-        raise InputError(
-            f"{doing} block by block takes {spell_bytes(need)} of memory, and the budget is {spell_bytes(room)}: raise "
-            f"it to {spell_bytes(need)}, take fewer or shorter samples, or choose element1 without repair"
-        )
+
+    def check() -> None:
+        need = resident_memory() + 2 * block + extra + _LIVE * 4 * tokens * widest + solving + _SLACK
+        room = resident_memory() + available_memory() * 9 // 10 if budget is None else budget
+        if need > room:
+            raise InputError(
+                f"{doing} block by block takes {spell_bytes(need)} of memory, and the budget is {spell_bytes(room)}: "
+                f"raise it to {spell_bytes(need)}, take fewer or shorter samples, or choose element1 without repair"
+            )
+
+    source.agreed(check)

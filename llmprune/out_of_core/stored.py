@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -30,6 +30,7 @@ from llmprune.out_of_core.shards import Stored, find_tensors
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _IN_MEMORY = 1.5
 """What loading and scoring a model in memory takes, with checkpointing, in units of its weights."""
 
@@ -58,7 +59,10 @@ class Source:
         missing: Parameters and persistent buffers that no file holds.
         unexpected: Stored tensors that the model has no use for.
         mismatched: (name, stored shape, the model's shape).
+        device: where blocks run unless something else is asked for.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, folder: Path, model: nn.Module, tensors: dict[str, Stored]):
         self.folder, self.tensors, self.files = folder, tensors, Files()
@@ -149,6 +153,10 @@ class Source:
             return 3 * sum(self.tensors[part].bytes for part, _ in made.parts)
         stored = self._direct[name]
         return 0 if stored.dtype == dtype else stored.bytes
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives; where several processes read together, what it gives in all of them."""
+        return work()
 
     def stored(self, name: str) -> Stored | None:
         """Where a parameter lies as it is; None if it is made from others."""
@@ -289,12 +297,20 @@ def streaming_of(
                 "in memory: give its folder, or what llmprune.open_model makes of it"
             )
         return None
+    source = source_of(model)
+    assert source is not None
+    if state is not None and not source.tensors:
+        raise InputError(
+            "state is for weights in files, and this model's are fetched from elsewhere: leave it out"
+        )
     if stream is False:
         raise InputError("stream is False, but this model's weights are in their files: load it")
     budget = resident_memory() + available_memory() * 9 // 10
     if memory_budget is not None:
         budget = parse_bytes(memory_budget)
-    return Streaming(budget, None if state is None else Path(state), cuda.usable_device(device or "cpu"))
+    return Streaming(
+        budget, None if state is None else Path(state), cuda.usable_device(device or source.device)
+    )
 
 
 def state_beside(output: Path) -> Path:

@@ -26,6 +26,7 @@ from llmprune.checkpoints.atomic import write_file
 from llmprune.compaction.verify import experts_computed_by
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.out_of_core.block_stream import block_streamed_sums
+from llmprune.out_of_core.scattered import within_reach
 from llmprune.out_of_core.stored import Streaming, opened, source_of, streaming_of
 from llmprune.planning.choice import check_kinds
 from llmprune.planning.layer_choice import DEPTHS
@@ -348,6 +349,8 @@ def score(
         model = opened(model, stream, memory_budget, state)
         if source_of(model) is None:
             stream = memory_budget = device = None  # it fits
+    reached: nn.Module = within_reach(model)
+    model = reached
     streaming = streaming_of(model, stream, memory_budget, state, device)
     if graph is None:
         from llmprune.tracing.trace import trace

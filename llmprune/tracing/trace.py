@@ -46,6 +46,10 @@ def trace(model: nn.Module, inputs: Any = None, *, cache: bool = False) -> Graph
         TraceError: the model cannot be traced; says at which operation, module and line.
         InputError: the inputs do not fit, or none could be made; or the weights are packed.
     """
+    from llmprune.out_of_core.scattered import is_in_pieces, within_reach
+
+    if is_in_pieces(model):
+        model = within_reach(model)
     keywords = bind_inputs(model, inputs)
     with no_collection():
         tape = _record(model, keywords, "auto", None)

@@ -143,15 +143,21 @@ def bypass_placement(model: nn.Module) -> None:
 
 def check_present(model: nn.Module) -> None:
     """Raise InputError where a weight is elsewhere (on the disk, or in another memory) and comes in only to run."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # not there: nothing can be in pieces
     for path, module in model.named_modules():
-        if "_hf_hook" not in module.__dict__:
-            continue
         for name, tensor in module.named_parameters(recurse=False):
-            if tensor.is_meta:
+            place = f"{path + '.' if path else ''}{name}"
+            if tensors is not None and isinstance(tensor, tensors.DTensor):
                 raise InputError(
-                    f"{path + '.' if path else ''}{name} is offloaded by a device_map, so there is nothing to cut or "
-                    "measure: load the model whole (from_pretrained without device_map, or device_map='cpu'), or leave "
-                    "it in its folder (llmprune.score(FOLDER, ..., stream=True), then llmprune.apply)"
+                    f"{place} is in pieces on several processes: llmprune.gather(model, plan) gives the pruned model "
+                    "whole"
+                )
+            if tensor.is_meta and "_hf_hook" in module.__dict__:
+                raise InputError(
+                    f"{place} is offloaded by a device_map, so there is nothing to cut or measure: llmprune.gather("
+                    "model, plan) gives the pruned model of a model of transformers; else load the model whole "
+                    "(from_pretrained without device_map, or device_map='cpu'), or leave it in its folder "
+                    "(llmprune.score(FOLDER, ..., stream=True), then llmprune.apply)"
                 )
 
 
