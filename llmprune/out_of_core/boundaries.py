@@ -131,6 +131,7 @@ class Journal:
 
     Raises:
         InputError: the folder holds something else.
+        CheckpointError: it cannot be made.
     """
 
     def __init__(self, folder: Path, signature: Mapping[str, Any], device: torch.device = CPU):
@@ -141,8 +142,14 @@ class Journal:
             raise InputError(f"{folder} holds no state of llmprune: give another folder for it")
         if not here or (folder / _SIGNATURE).read_text(encoding="utf-8") != text:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_file(folder / _SIGNATURE, text.encode())
+            try:
+                folder.mkdir(parents=True)
+                write_file(folder / _SIGNATURE, text.encode())
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise CheckpointError(
+                    f"the state of a streamed job cannot be written to {folder} ({error}): free some space there"
+                ) from error
         self.found = sum(path.suffix == ".npz" or path.suffix == ".safetensors" for path in folder.iterdir())
         self._last: list[tuple[int, int, str]] = []
         self._path = folder
@@ -179,12 +186,18 @@ class Journal:
         """Write down what a block's parameters came to."""
         target = self.folder / f"sums-{number}.npz"
         temporary = target.with_suffix(".partial")
-        with temporary.open("wb") as file:
-            arrays = {f"{name}/{dim}": a for name, dims in sums.items() for dim, a in enumerate(dims)}
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        try:
+            with temporary.open("wb") as file:
+                arrays = {f"{name}/{dim}": a for name, dims in sums.items() for dim, a in enumerate(dims)}
+                np.savez(file, allow_pickle=False, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"the sums of a block cannot be written to {self.folder} ({error}): free some space there"
+            ) from error
 
     def get_sums(self, number: int | str) -> Sums | None:
         """What :meth:`put_sums` wrote; None if it has not."""

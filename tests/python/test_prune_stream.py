@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from tiny_models import build
 import llmprune
 from llmprune.checkpoints.loading import load_model
 from llmprune.cli import main
-from llmprune.errors import InputError, VerificationError
+from llmprune.errors import InputError, LlmpruneError, VerificationError
+from llmprune.out_of_core import block_memory, block_stream
 from llmprune.out_of_core.stored import open_model
 from llmprune.pipeline import prune_stream
 from llmprune.pipeline.prune_stream import prune_streamed
@@ -132,6 +135,40 @@ def test_what_streaming_cannot_repair_and_a_budget_too_small(tmp_path):
                 quiet=True, repair="ls", memory_budget="1MB",
             )  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["l", "m"]
+
+
+@pytest.mark.parametrize("importance", ["element1", "obs"])
+def test_the_disk_fills_at_any_point(tmp_path, monkeypatch, importance):
+    """State, what passes between blocks, new weights, the checkpoint: a sentence, nothing half-written, on it goes."""
+    build("llama").save_pretrained(tmp_path / "m", max_shard_size="30KB")
+    schedule = block_memory.Schedule(2, 1, True, False, True, 0, 0)
+    monkeypatch.setattr(block_stream, "choose", lambda *_, device: schedule)
+
+    def run(name):
+        return prune_streamed(
+            open_model(tmp_path / "m"), tmp_path / "m", tmp_path / name, 0.2, ids_of(8, 16), importance,
+            quiet=True, protect_first=0, protect_last=0,
+        )  # fmt: skip
+
+    run("want")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = set()
+    for limit in (0, 300, 700, 1500, 3000, 5000, 9000, 15000, 25000):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(LlmpruneError, match="space") as caught:
+                run("got")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        said.add(
+            Path(re.findall(r"written to (\S+)", str(caught.value) + " written to checkpoint")[0]).name[:12]
+        )
+        assert {path.name for path in tmp_path.iterdir()} <= {"m", "want", ".got.blocks"}
+    assert len(said) > 1, said  # more than one place was met
+    run("got")
+    assert not (tmp_path / ".got.blocks").exists()
+    for file in (tmp_path / "want").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "got" / file.name).read_bytes()
 
 
 def test_a_result_that_computes_something_else_is_not_published(monkeypatch, tmp_path):
