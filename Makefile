@@ -14,7 +14,7 @@ C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/c
                          csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch])
 CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind arm windows pytest bench architectures docs cuda cuda-test cuda-bench clean
+.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind arm windows pytest bench architectures docs cuda cuda-test cuda-bench release clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -29,8 +29,9 @@ help:
 	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
 	@echo "make docs      the documentation as pages, every warning an error; the result is build/site/index.html"
 	@echo "make cuda      build the CUDA kernels for every target, without a GPU; skipped where there is no nvcc"
-	@echo "make cuda-bench  there, what it costs, beside its floors"
 	@echo "make cuda-test on a machine with a GPU: build with its own Python and toolkit, test, and run the sanitizers"
+	@echo "make cuda-bench there: what it costs, beside its floors"
+	@echo "make release   build what would be uploaded, check it, and say what it is"
 	@echo "make clean     remove what was built, but not .venv"
 
 # --- environment and extension --------------------------------------------------------------------------------------
@@ -115,6 +116,18 @@ cuda-test:
 
 cuda-bench:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+# Refuses a changed tree, and a version that the changelog does not know. Uploads nothing.
+VERSION = $(shell $(BIN)/python -c "import llmprune; print(llmprune.__version__)")
+release: $(INSTALLED)
+	@test -z "$$(git status --porcelain)" || { echo "release: commit or remove what is changed first (git status)" >&2; exit 1; }
+	@grep -q "^## \[$(VERSION)\]" CHANGELOG.md || \
+	    { echo "release: CHANGELOG.md has no section [$(VERSION)]: name the one of what is unreleased" >&2; exit 1; }
+	$(BIN)/pip install --quiet -c constraints.txt build twine
+	rm -rf dist
+	LLMPRUNE_CUDA=0 $(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	@echo "nothing was uploaded; twine upload would take:"; ls -l dist
 
 # --- C tests: no Python involved ------------------------------------------------------------------------------------
 # Each tests/{core,kernels}/test_*.c is a program that exits 0 when it passes; other .c files there are shared by all.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
-from llmprune.commands import apply, evaluate, recover, reproduce, sweep
+from llmprune.commands import apply, completion, evaluate, recover, reproduce, sweep
 from llmprune.commands import report as report_command
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
@@ -41,6 +41,23 @@ from llmprune.errors import InputError, LlmpruneError
 if TYPE_CHECKING:
     from llmprune.pipeline.stages import Stages
     from llmprune.scoring.ranks import Ranks
+
+
+EXAMPLES = {
+    "prune": "MODEL_DIR --ratio 0.2 --calibration TEXT --output OUT_DIR",
+    "score": "MODEL_DIR --importance element2 --calibration TEXT --output scores.npz",
+    "trace": "MODEL_DIR --explain model.layers.0.mlp.up_proj.weight:0:17",
+    "verify": "OUT_DIR --original MODEL_DIR",
+    "apply": "plan.json MODEL_DIR OUT_DIR",
+    "recover": "OUT_DIR --data alpaca.json --output BETTER_DIR",
+    "evaluate": "OUT_DIR --ppl TEXT --beside MODEL_DIR",
+    "sweep": "MODEL_DIR --experiment ratio --calibration TEXT --eval OTHER_TEXT --output DIR",
+    "report": "RUN_DIR --output report",
+    "reproduce": "llama-7b --model MODEL_DIR --data DATA_DIR --output OUT_DIR",
+    "doctor": "--json",
+    "completion": "bash > ~/.local/share/bash-completion/completions/llmprune",
+}
+"""Command -> words of a call that makes sense."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmprune", description="Structured pruning for any Hugging Face model.")
+    parser = _Parser(
+        prog="llmprune",
+        description="Structured pruning for any Hugging Face model.",
+        epilog="""examples:
+  llmprune prune MODEL_DIR --ratio 0.2 --calibration TEXT --output OUT_DIR
+  llmprune evaluate OUT_DIR --ppl TEXT --beside MODEL_DIR
+  llmprune recover OUT_DIR --data TEXT --output BETTER_DIR
+llmprune COMMAND --help says more of each""",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=16, width=80
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"llmprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
 
@@ -229,6 +257,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show versions and hardware, and test the C core")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
+    completion.add(commands, _parser)
+    for name, words in EXAMPLES.items():
+        commands.choices[name].epilog = f"example: llmprune {name} {words}"
     return parser
 
 
