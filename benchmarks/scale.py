@@ -2,12 +2,12 @@
 
 LLaMA-shaped checkpoints of bfloat16 at 1, 3 and 7 billion parameters are written to disk, scored to first and second
 order block by block under a memory budget, planned for and cut shard by shard, each step in a process of its own. Kept
-are wall and processor time, peak memory as the system counts it, and bytes read. A line is fitted through time against
-parameters, and extrapolated to 70 billion; beside that stands what the difference of four and two blocks of a
-70B-shaped checkpoint says of its eighty.
+are wall and processor time, peak memory as the system counts it, bytes read, and the machine's load. Lines are fitted
+through wall time, processor time and bytes against parameters, and extrapolated to the 70B shape; beside that stands
+what the difference of four and two blocks of a 70B-shaped checkpoint says of its eighty.
 
 Weights of one shape are the same random numbers in every layer: time does not depend on them. Sizes that are measured
-already are kept when a run goes on (``--sizes``); checkpoints are removed after use.
+already are kept when a run goes on (``--sizes``; none: only the lines are fitted); checkpoints are removed after use.
 
 usage: python benchmarks/scale.py [--sizes 1B 3B 7B 70B] [--budget 4GB] [--samples 10] [--length 64] [--place DIR]
 """
@@ -15,6 +15,7 @@ usage: python benchmarks/scale.py [--sizes 1B 3B 7B 70B] [--budget 4GB] [--sampl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -68,6 +69,8 @@ BLOCKS = (2, 4)
 """Of the 70B-shaped checkpoint, what is written."""
 SHARD = 1 << 30
 STEPS = ("element1", "element2", "apply")
+QUANTITIES = ("seconds", "CPU seconds", "bytes read")
+"""Through which lines are fitted; the first depends on what else the machine does (``load``), the last does not."""
 
 SCRIPT = """
 import json, sys, time
@@ -161,30 +164,27 @@ def measured(shape: dict[str, int], options: argparse.Namespace) -> dict[str, An
     return entry
 
 
-def fitted(entries: list[dict[str, Any]], step: str) -> dict[str, float]:
-    """A line through a step's seconds against parameters: slope, intercept, R^2, and its value at 70B."""
+def fitted(entries: list[dict[str, Any]], step: str, quantity: str, large: float) -> dict[str, float]:
+    """A line through what a step takes against parameters: slope per billion, intercept, R^2, value at ``large``."""
     x = np.array([entry["parameters"] for entry in entries], dtype=float)
-    y = np.array([entry[step]["seconds"] for entry in entries])
+    y = np.array([entry[step][quantity] for entry in entries], dtype=float)
     slope, intercept = np.polyfit(x, y, 1)
     rest, spread = ((y - slope * x - intercept) ** 2).sum(), ((y - y.mean()) ** 2).sum()
-    large = 70e9
     return {
-        "seconds per billion": float(slope * 1e9),
+        "per billion": float(slope * 1e9),
         "intercept": float(intercept),
         "R2": float(1 - rest / spread),
         "at 70B": float(slope * large + intercept),
     }
 
 
-def by_blocks(found: dict[str, Any], step: str) -> float:
-    """What two and four 70B-shaped blocks say of eighty, in seconds."""
-    few, more = (found[f"70B, {count} blocks"] for count in BLOCKS)
-    each = (more[step]["seconds"] - few[step]["seconds"]) / (BLOCKS[1] - BLOCKS[0])
-    seconds: float = few[step]["seconds"] + (SHAPES["70B"]["num_hidden_layers"] - BLOCKS[0]) * each
-    return seconds
+def by_blocks(few: float, more: float) -> float:
+    """What two and four 70B-shaped blocks say of eighty."""
+    each = (more - few) / (BLOCKS[1] - BLOCKS[0])
+    return few + (SHAPES["70B"]["num_hidden_layers"] - BLOCKS[0]) * each
 
 
-def draw(found: dict[str, Any], lines: dict[str, dict[str, float]], file: Path) -> None:
+def draw(found: dict[str, Any], lines: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
     """Time and peak memory against parameters."""
     entries = [found[name] for name in SHAPES if name in found]
     x = [entry["parameters"] / 1e9 for entry in entries]
@@ -194,11 +194,8 @@ def draw(found: dict[str, Any], lines: dict[str, dict[str, float]], file: Path) 
         dots = left.plot(x, [entry[step]["seconds"] for entry in entries], "o", label=step)[0]
         if step in lines:
             ends = np.array([0, max(x)])
-            left.plot(
-                ends,
-                lines[step]["seconds per billion"] * ends + lines[step]["intercept"],
-                color=dots.get_color(),
-            )
+            line = lines[step]["seconds"]
+            left.plot(ends, line["per billion"] * ends + line["intercept"], color=dots.get_color())
         right.plot(x, [entry[step]["peak"] / 1e9 for entry in entries], "o-", label=step)
     left.set(xlabel="parameters, billions", ylabel="seconds", ylim=(0, None))
     right.set(xlabel="parameters, billions", ylabel="peak memory, GB", ylim=(0, None))
@@ -234,19 +231,24 @@ def main() -> int:
             for name in found
             for step in STEPS
         ]
-        lines: dict[str, dict[str, float]] = {}
-        if len(entries) > 2:
-            lines = {step: fitted(entries, step) for step in STEPS}
-            claims += [
-                Claim(f"{step}: R^2 of the line", lines[step]["R2"], 0.98, at_least=True) for step in STEPS
-            ]
-        if lines and all(f"70B, {count} blocks" in found for count in BLOCKS):
-            for step in STEPS:
-                lines[step]["at 70B, by blocks"] = by_blocks(found, step)
-                off = abs(np.log(lines[step]["at 70B, by blocks"] / lines[step]["at 70B"]))
-                claims.append(
-                    Claim(f"{step} at 70B: line and blocks agree within a factor", float(np.exp(off)), 1.5)
-                )
+        lines: dict[str, dict[str, dict[str, float]]] = {}
+        blocks = [found.get(f"70B, {count} blocks") for count in BLOCKS]
+        if len(entries) > 2 and None not in blocks:
+            few, more = (block or {} for block in blocks)
+            large = by_blocks(few["parameters"], more["parameters"])
+            for step, quantity in itertools.product(STEPS, QUANTITIES):
+                line = fitted(entries, step, quantity, large)
+                line["at 70B, by blocks"] = by_blocks(few[step][quantity], more[step][quantity])
+                lines.setdefault(step, {})[quantity] = line
+                off = abs(np.log(line["at 70B, by blocks"] / line["at 70B"]))
+                claims += [
+                    Claim(f"{step}, {quantity}: R^2 of the line", line["R2"], 0.98, at_least=True),
+                    Claim(
+                        f"{step}, {quantity} at 70B: line and blocks agree within a factor",
+                        float(np.exp(off)),
+                        1.5,
+                    ),
+                ]
         save("scale", claims, how=how, sizes=found, lines=lines)
         draw(found, lines, RESULTS / "scale.png")
         return claims

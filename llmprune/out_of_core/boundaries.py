@@ -49,9 +49,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"what passes between blocks cannot be written to {path.parent} ({error}): free some space there"
-        ) from error
+        raise _unwritten(path.parent, error) from error
+
+
+def _unwritten(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"what passes between blocks cannot be written to {folder} ({error}): free some space there"
+    )
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -89,7 +93,10 @@ class Boundaries:
         if held is not None:
             return held
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="llmprune-blocks-"))
+            try:
+                self._folder = Path(tempfile.mkdtemp(prefix="llmprune-blocks-"))
+            except OSError as error:
+                raise _unwritten(Path(tempfile.gettempdir()), error) from error
         path = self._folder / f"{self._count}.safetensors"
         self._count += 1
         write_tensors(path, {"0": tensor})

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import resource
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scoring import AGGREGATIONS, IMPORTANCES, ids_of, model_of, whole_graph, worst
 from tiny_models import FAMILIES, build
 
 import llmprune
 from llmprune.checkpoints.loading import load_model
 from llmprune.checkpoints.record import fingerprint
+from llmprune.cli import main
 from llmprune.errors import CheckpointError, InputError
 from llmprune.machine.budget import parse_bytes, resident_memory, spell_bytes
 from llmprune.out_of_core import block_memory, block_stream
@@ -253,8 +258,6 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
 
 
 def test_stored_twice_under_tied_names(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     model_of("llama_tied").save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
@@ -269,8 +272,6 @@ def test_stored_twice_under_tied_names(tmp_path):
 
 
 def test_the_command(place, tmp_path, capsys):
-    from llmprune.cli import main
-
     demo = Path(__file__).parents[2] / "demo"
     words = ["score", str(demo / "model"), "--calibration", str(demo / "calibration.txt"), "--quiet"]
     assert main([*words, "--output", str(tmp_path / "a.npz"), "--stream", "--memory-budget", "20GB"]) == 0
@@ -283,3 +284,122 @@ def test_the_command(place, tmp_path, capsys):
     assert main([*words, "--output", str(tmp_path / "a.txt")]) == 2
     assert main([*words, "--output", str(tmp_path / "c.npz"), "--stream", "--memory-budget", "1MB"]) == 2
     assert "raise it to" in capsys.readouterr().err
+
+
+# Mixed dtypes, and a disk that fills
+
+
+def test_each_tensor_in_a_dtype_of_its_own(place, tmp_path):
+    """Norms stored in single precision between matrices of sixteen bits: loaded as the config says, both ways."""
+    model_of("llama_gqa").bfloat16().save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    wider = {name: t.float() * 1.001 if t.dim() == 1 else t for name, t in tensors.items()}
+    assert len({t.dtype for t in wider.values()}) == 2
+    save_file(wider, file, {"format": "pt"})
+    whole = load_model(tmp_path / "m")
+    for importance in ("l2", *DERIVED):
+        want = score(whole, None, ids_of(), importance=importance)
+        got = score(open_model(tmp_path / "m"), None, ids_of(), importance=importance)
+        assert worst(got, want) < 1e-5, importance
+
+
+@pytest.fixture
+def scored_from_disk(place, monkeypatch):
+    """Scores one checkpoint, what passes between blocks being on disk; takes a folder of state, or None."""
+    schedule = block_memory.Schedule(2, 1, True, False, True, 0, 0)
+    monkeypatch.setattr(block_stream, "choose", lambda *_, device: schedule)
+    folder = folder_of("llama_gqa", place)
+    return lambda state=None: score(
+        folder, None, ids_of(8, 16), importance="element2", stream=True, state=state, quiet=True
+    )
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["borders", "state"])
+def test_no_file_can_grow(tmp_path, monkeypatch, scored_from_disk, kept):
+    """Every size of a file: a sentence, no half of a file, and what was done before is gone on from."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    want, state = scored_from_disk(), tmp_path / "state" if kept else None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = []
+    for limit in (0, 300, 700, 1500, 3000, 5000, 9000, 15000):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            scored_from_disk(state)
+        except CheckpointError as error:
+            said.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path for path in tmp_path.rglob("*") if path.suffix == ".partial"] == []
+        assert {path.name for path in tmp_path.iterdir()} <= {"state"}
+    assert len(said) > 2
+    assert all("free some space there" in sentence for sentence in said)
+    got = scored_from_disk(state)
+    assert all((got[axis] == want[axis]).all() for axis in want)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts a file system of so many KiB, with none of the earlier one's files."""
+    library = ctypes.CDLL(None, use_errno=True)
+    places = []
+
+    def mount(size):
+        place = tmp_path / f"disk{size}"
+        place.mkdir()
+        if library.mount(b"tmpfs", bytes(place), b"tmpfs", 0, b"size=%dk" % size):
+            pytest.skip("a tmpfs cannot be mounted here (needs Linux and CAP_SYS_ADMIN)")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        library.umount2(bytes(place), 2)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["borders", "state"])
+def test_the_disk_fills(disk, monkeypatch, scored_from_disk, kept):
+    """All files together outgrow it, at one block or another; with more space the same call goes on."""
+    want = scored_from_disk()
+    said = []
+    for size in (4, 8, 16, 32, 64):
+        place = disk(size)
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        state, tries = place / "state" if kept else None, len(said)
+        try:
+            got = scored_from_disk(state)
+        except CheckpointError as error:
+            said.append(str(error))
+        if len(said) > tries:
+            assert [path for path in place.rglob("*") if path.suffix == ".partial"] == []
+            assert {path.name for path in place.iterdir()} <= {"state"}
+            ctypes.CDLL(None).mount(b"tmpfs", bytes(place), b"tmpfs", 32, b"size=4m")  # MS_REMOUNT
+            got = scored_from_disk(state)
+        assert all((got[axis] == want[axis]).all() for axis in want)
+        assert list(place.iterdir()) == []
+    assert len(said) > 1
+    assert all("free some space there" in sentence for sentence in said)
+
+
+def test_no_folder_can_be_made(tmp_path, monkeypatch, scored_from_disk):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(CheckpointError, match=r"what passes between blocks cannot be written to .*absent"):
+        scored_from_disk()
+
+
+def test_scores_that_cannot_be_written(tmp_path, capsys):
+    demo = Path(__file__).parents[2] / "demo"
+    words = ["score", str(demo / "model"), "--importance", "l2", "--quiet", "--stream"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "a.npz").write_bytes(b"old")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        code = main([*words, "--output", str(tmp_path / "a.npz")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert (tmp_path / "a.npz").read_bytes() == b"old"
+    assert main([*words, "--output", str(tmp_path / "a.npz")]) == 0
