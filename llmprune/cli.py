@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmprune import __version__
-from llmprune.commands import apply, completion, evaluate, recover, reproduce, sweep
+from llmprune.commands import apply, completion, evaluate, export, recover, reproduce, sweep
 from llmprune.commands import report as report_command
 from llmprune.commands import score as score_command
 from llmprune.commands.common import (
@@ -49,6 +49,7 @@ EXAMPLES = {
     "trace": "MODEL_DIR --explain model.layers.0.mlp.up_proj.weight:0:17",
     "verify": "OUT_DIR --original MODEL_DIR",
     "apply": "plan.json MODEL_DIR OUT_DIR",
+    "export": "OUT_DIR --gguf smaller.gguf --type q8_0",
     "recover": "OUT_DIR --data alpaca.json --output BETTER_DIR",
     "evaluate": "OUT_DIR --ppl TEXT --beside MODEL_DIR",
     "sweep": "MODEL_DIR --experiment ratio --calibration TEXT --eval OTHER_TEXT --output DIR",
@@ -248,6 +249,7 @@ llmprune COMMAND --help says more of each""",
     )
 
     apply.register(commands)
+    export.register(commands)
     recover.register(commands)
     evaluate.register(commands)
     sweep.register(commands)

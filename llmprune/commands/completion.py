@@ -39,6 +39,7 @@ def known_values() -> dict[str, tuple[str, ...]]:
     """What options take that have names of llmprune's own for values."""
     from llmprune.checkpoints.checkpoint import FORMS
     from llmprune.experiments.experiments import EXPERIMENTS
+    from llmprune.export.gguf import TYPES
     from llmprune.pipeline.iterative import SCHEDULES
     from llmprune.pipeline.prune import REPAIRS
     from llmprune.planning.allocation import ALLOCATIONS
@@ -54,6 +55,7 @@ def known_values() -> dict[str, tuple[str, ...]]:
         "--method": METHODS,
         "--repair": REPAIRS,
         "--schedule": SCHEDULES,
+        "--type": TYPES,
     }
 
 

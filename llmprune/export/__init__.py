@@ -1,0 +1,1 @@
+"""Hands a pruned checkpoint on to other runtimes."""
