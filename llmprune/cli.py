@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
   llmprune recover OUT_DIR --data TEXT --output BETTER_DIR
 llmprune COMMAND --help says more of each""",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=16, width=80
+            prog, max_help_position=17, width=80
         ),
     )
     parser.add_argument("--version", action="version", version=f"llmprune {__version__}")

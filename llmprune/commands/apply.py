@@ -11,7 +11,7 @@ from llmprune.commands.common import check_file, path_argument, print_json
 
 def register(commands: Any) -> None:
     """Add the command."""
-    text = "carry a plan out on a checkpoint's files, without loading the model"
+    text = "carry a plan out on files, without loading the model"
     parser: argparse.ArgumentParser = commands.add_parser("apply", help=text, description=text)
     parser.add_argument("plan", type=path_argument, metavar="PLAN", help="plan as --save-plan wrote it")
     parser.add_argument("model", type=path_argument, metavar="MODEL_DIR", help="the model it was made for")

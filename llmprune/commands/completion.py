@@ -25,7 +25,7 @@ class Words:
 
 def add(commands: Any, parser: Callable[[], argparse.ArgumentParser]) -> None:
     """Add the command; ``parser`` gives the whole command line's."""
-    text = "print what makes a shell complete llmprune"
+    text = "print what a shell needs to complete llmprune"
     completion = commands.add_parser(
         "completion",
         help=text,

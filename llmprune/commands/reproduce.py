@@ -11,7 +11,7 @@ from llmprune.errors import InputError
 
 def register(commands: Any) -> None:
     """Add the command to the parser's subcommands."""
-    text = "measure the paper's table: every importance, with and without tuning"
+    text = "measure the paper's table: every importance, tuned or not"
     parser = commands.add_parser("reproduce", help=text, description=text)
     parser.add_argument("preset", help="llama-7b, llama-13b, vicuna-7b or chatglm-6b")
     parser.add_argument(
