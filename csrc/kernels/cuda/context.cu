@@ -109,7 +109,12 @@ static lp_status open_device(lp_cuda_context *context, lp_error *err)
     {
         lp_status status = lp_gemm_open(&context->blas, &context->allocator, err);
 
-        return status == LP_OK ? lp_hopper_admit(context, err) : status;
+        if (status != LP_OK)
+            return status;
+        status = lp_hopper_admit(context, err);
+        if (status != LP_OK)
+            lp_gemm_close(context->blas);
+        return status;
     }
 }
 
