@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(eq=False)
 class Block:
@@ -53,12 +55,14 @@ class _Call:
     floats: tuple[bool, ...]
 
 
-def give_back_memory() -> None:
+def give_back_memory(device: torch.device = _CPU) -> None:
     """Hand pages that are free inside the C library's heap back to the system, where it is glibc; else do nothing.
 
     What a block allocates and frees leaves holes that the next one's tensors do not fit: without this the heap of a
-    checkpointed pass grows to twice what is ever in use.
+    checkpointed pass grows to twice what is ever in use. Work on another device than the CPU leaves no such holes.
     """
+    if device.type != "cpu":
+        return
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -302,7 +306,7 @@ class Checkpoints:
             with self.recording(start, stop):
                 run_part(run, inputs, gradients, start, stop, self.samples, totals)
         self.finished(run.block)
-        give_back_memory()
+        give_back_memory(next((t.device for t in inputs), _CPU))
         return totals
 
 

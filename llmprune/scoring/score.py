@@ -321,7 +321,8 @@ def score(
         batch_size: How many samples run at a time; None for as many as fit in memory. It changes the scores by
             rounding only.
         checkpointing: Keep only the inputs of the model's repeated blocks and run each block again in the backward
-            pass: a third more time, a fraction of the memory; None for only when memory would not suffice.
+            pass: a third more time, a fraction of the memory; None for only when memory would not suffice, or on a
+            CUDA device when more than a tenth of the weights' memory would be taken.
         pin_boundaries: With checkpointing, keep the blocks' inputs in pinned host memory instead of the device's.
         loss: ``loss(model, batch) -> losses``, one per sample, for models that are no causal language models.
         quiet: Show no progress bar; None shows one on a terminal only.

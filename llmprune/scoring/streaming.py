@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -293,8 +294,8 @@ def streamed_sums(
         batch_size: How many samples run at a time; None for as many as fit in memory. With checkpointing this holds
             inside the blocks, and what passes their borders is kept for all samples.
         checkpointing: Whether the model's repeated blocks keep only their inputs and run again in the backward pass;
-            None for only if what autograd would keep does not fit in half the memory available, or ``batch_size``
-            asks for parts.
+            None for only if what autograd would keep does not fit in half the memory available, or exceeds a tenth of
+            the weights on a CUDA device, or ``batch_size`` asks for parts.
         accumulator_bytes: Most memory for the accumulators of the general path's second order at a time; None takes
             half of what is available.
         pin_boundaries: With checkpointing, keep what passes the blocks' borders in pinned host memory.
@@ -310,6 +311,7 @@ def streamed_sums(
     task = Task(model, batch, losses_of, parameters, importance, progress, stacks, ranks=ranks, total=total)
 
     def prepare() -> Route:
+        _check_scratch(task)
         losses_of.find_shift(batch.sketch(_SKETCH_TOKENS))
         return find_route(task).without(set(stacks), parameters)
 
@@ -367,7 +369,7 @@ def _schedule(
     free = _free_memory(task)
     room = free // 2
     if checkpointing is None:
-        checkpointing = needed > room or (batch_size is not None and batch_size < samples)
+        checkpointing = needed > min(room, _lean(task)) or (batch_size is not None and batch_size < samples)
     checkpointing = checkpointing and bool(route.blocks)
     if batch_size is None:
         share = needed / (len(route.blocks) if checkpointing else 1)
@@ -384,6 +386,16 @@ def _schedule(
     return checkpointing, min(batch_size, samples)
 
 
+def _lean(task: Task) -> float:
+    """Bytes of activations to be kept by default.
+
+    On a CUDA device a tenth of the model's, where blocks run again in little time; else as many as there is room for.
+    """
+    if _device(task).type != "cuda":
+        return math.inf
+    return sum(p.numel() * p.element_size() for p in task.model.parameters()) / 10
+
+
 def _device(task: Task) -> torch.device:
     """Where the scored parameters lie; the first one's, if on several devices."""
     return next(iter(task.parameters.values())).device
@@ -393,6 +405,23 @@ def _free_memory(task: Task) -> int:
     """Bytes that tensors can have there."""
     device = _device(task)
     return cuda.free_memory(device) if device.type == "cuda" else available_memory()
+
+
+def _check_scratch(task: Task) -> None:
+    """See, before anything runs, that a CUDA device has room for what the libraries and our kernels work in.
+
+    Raises:
+        DeviceError: it has not.
+    """
+    device = _device(task)
+    if device.type != "cuda":
+        return
+    free, least = cuda.free_memory(device), 2 * cuda.SCRATCH_BYTES
+    if free < least:
+        raise DeviceError(
+            f"scoring needs at least {least >> 20} MiB of memory beside the weights on {device}, where {free >> 20} "
+            "are free: free some, or score with the model on the CPU"
+        )
 
 
 def _check_device_memory(task: Task, route: Route, checkpointing: bool, free: int) -> None:
@@ -507,11 +536,11 @@ class _Pass:
             )
         with checkpoints, self.mode:
             if self.checkpointing:
-                give_back_memory()
+                give_back_memory(_device(self.task))
             losses = self._losses(part)
         self.mode.forget()
         if self.checkpointing:
-            give_back_memory()
+            give_back_memory(_device(self.task))
         check_losses(losses, start)
         if losses.requires_grad:
             (losses.sum() * self.factor).backward()  # type: ignore[no-untyped-call]

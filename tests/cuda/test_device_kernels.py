@@ -112,8 +112,9 @@ def test_linear_scores_of_a_large_layer_equal_the_cpus(order: int) -> None:
 
 
 @pytest.mark.cuda
-def test_the_products_of_warpgroups_give_the_same_sums() -> None:
-    """In processes of their own: the kernel is chosen when the device is opened, and its trial may end them."""
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_products_of_warpgroups_give_the_same_sums(order: int) -> None:
+    """In processes of their own: the kernel is chosen when the device is opened."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma needs compute capability 9.0")
     code = """
@@ -121,17 +122,18 @@ import sys, torch
 from llmprune import _core
 from llmprune.machine import cuda
 for dtype in (torch.bfloat16, torch.float16):
-    for out, features, samples, tokens in ((1024, 1536, 5, 128), (200, 264, 3, 100), (8, 8, 2, 17), (640, 128, 2, 193)):
+    for out, features, samples, tokens in ((1024, 1536, 5, 128), (200, 264, 3, 100), (8, 8, 2, 17), (640, 128, 2, 193),
+                                           (4096, 11008, 2, 64), (2560, 4104, 3, 65)):
         torch.manual_seed(0)
         w, x, dy = (torch.randn(n, m, device="cuda").to(dtype) for n, m in
                     ((out, features), (samples * tokens, features), (samples * tokens, out)))
         row, col = (torch.zeros(n, dtype=torch.float64, device="cuda") for n in (out, features))
-        _core.linear_scores(w, x, dy, samples, 2, row, col, **cuda.options(w))
+        _core.linear_scores(w, x, dy, samples, ORDER, row, col, **cuda.options(w))
         print(*row.tolist(), *col.tolist())
 """
     runs = [
         subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code.replace("ORDER", str(order))],
             env={**os.environ, "LLMPRUNE_CUDA_WGMMA": way},
             capture_output=True,
             text=True,

@@ -1,7 +1,7 @@
 /* What csrc/kernels/cuda takes from CUDA, on the CPU: the .cu files are compiled as C++ with this header in the place of the
  * real one, and their kernels run thread by thread, each thread a fiber of its own (simt.cpp).
  *
- * Thread blocks run one after the other in a random order, threads of a block in a random order between the points where
+ * Thread blocks, or clusters of them, run one after the other in a random order, threads of a block in a random order between the points where
  * they wait for each other.  Asynchronous copies land when they are waited for, no sooner.  Warp-wide instructions follow
  * the PTX ISA's tables of fragments, and end the program when the lanes of a warp do not meet in them.  Shared memory that is
  * asked for at launch is filled with NaN before each block. */
@@ -39,15 +39,18 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
-extern dim3 gridDim, blockDim, blockIdx;
-extern const dim3 &simt_thread_index();
+extern dim3 gridDim, blockDim;
+extern const dim3 &simt_thread_index(), &simt_block_index();
 #define threadIdx (simt_thread_index())
+#define blockIdx (simt_block_index())
 
-void simt_launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()> &kernel);
+void simt_launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()> &kernel,
+                 unsigned cluster = 1);
 unsigned char *simt_shared();
 #define LP_LAUNCH(kernel, blocks, threads, shared, stream, ...)                                              \
     ((void)(stream), simt_launch((blocks), (threads), (shared), [&] { kernel(__VA_ARGS__); }))
 #define LP_DYNAMIC_SHARED(name) unsigned char *name = simt_shared()
+#define LP_GRID_CONSTANT
 
 void __syncthreads();
 double simt_shuffle_xor(double value, unsigned step);
@@ -93,7 +96,10 @@ static inline void lp_multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32
 #define LP_WARPGROUPS 1
 enum { SIMT_SHARED_BEGINS = 128 };
 unsigned lp_shared_address(const void *shared);
-void lp_copies_for_products();
+void lp_sync_workers();
+static inline void lp_prefetch(const void *)
+{
+}
 void lp_warpgroup_arrive();
 void lp_warpgroup_commit();
 void simt_warpgroup_wait(unsigned pending);
@@ -110,6 +116,35 @@ static inline void lp_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint
 {
     simt_warpgroup_multiply_add(d, a, b, add, dtype == LP_BF16);
 }
+
+/* Blocks of a cluster run together.  What a tensor copy brings is NaN until it lands, at some time of its own. */
+unsigned lp_cluster_rank();
+void lp_cluster_sync();
+void lp_barrier_init(uint64_t *barrier, unsigned count);
+static inline void lp_barriers_ready()
+{
+}
+void lp_barrier_expect(uint64_t *barrier, unsigned bytes);
+void lp_barrier_wait(uint64_t *barrier, unsigned parity);
+void lp_barrier_arrive_at(uint64_t *barrier, unsigned rank);
+template <int count> static inline void lp_registers_fewer()
+{
+}
+template <int count> static inline void lp_registers_more()
+{
+}
+
+struct lp_tensor_map {
+    const uint16_t *values;
+    size_t features, tokens, samples, stride;
+    unsigned box_features, box_tokens;
+};
+void lp_tensor_copy(unsigned char *to, const lp_tensor_map *map, uint64_t *barrier, int feature, int token,
+                    int sample, uint16_t blocks);
+void *lp_tensor_map_encoder();
+bool lp_tensor_map_make(lp_tensor_map *map, void *encode, const void *values, lp_dtype dtype, size_t features,
+                        size_t tokens, size_t samples, size_t stride, unsigned box_features,
+                        unsigned box_tokens);
 
 /* --- the runtime: device memory is memory ------------------------------------------------------------------------------ */
 
@@ -131,8 +166,9 @@ typedef struct {
     cudaError_t fail; /* of the next call that can fail, once */
     bool capturing;
     size_t launches;
-    bool slips; /* products of warpgroups come out wrong */
-    size_t products;
+    int clusters;    /* that run at once */
+    bool maps;       /* the driver describes tensors */
+    size_t products; /* of warpgroups */
 } simt_device_state;
 extern simt_device_state simt_device;
 
@@ -152,6 +188,19 @@ cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t bytes, int 
 }
 template <typename kernel_t> static inline cudaError_t cudaFuncSetAttribute(kernel_t, int, int)
 {
+    return cudaSuccess;
+}
+template <typename kernel_t>
+static inline cudaError_t lp_cluster_prepare(kernel_t, unsigned, size_t, unsigned, int *at_once)
+{
+    *at_once = simt_device.clusters;
+    return cudaSuccess;
+}
+template <typename job_t>
+static inline cudaError_t lp_launch_cluster(void (*kernel)(const job_t), unsigned blocks, unsigned threads,
+                                            size_t shared, unsigned cluster, cudaStream_t, const job_t &job)
+{
+    simt_launch(blocks, threads, shared, [&] { kernel(job); }, cluster);
     return cudaSuccess;
 }
 

@@ -107,30 +107,60 @@ void prepare(place *p, unsigned char *stack, size_t bytes, void (*entry)())
 }
 #endif
 
+/* Where some number of threads wait for each other. */
+struct meeting_point {
+    unsigned arrived = 0;
+    uint64_t generation = 0;
+};
+
+/* A block of the cluster that runs. */
+struct block_state {
+    dim3 index;
+    std::vector<warp_state> warps;
+    std::vector<warpgroup_state> warpgroups;
+    std::vector<unsigned char> memory;
+    meeting_point all, workers;
+};
+
 struct fiber {
     place context;
     std::unique_ptr<unsigned char[]> stack;
     dim3 index;
+    block_state *block;
     bool finished;
     std::vector<std::vector<copy>> copies; /* committed groups, oldest first; the last is open */
-    bool unseen;                           /* copies landed of which products do not know */
+};
+
+/* mbarrier's opaque 64 bits. */
+struct barrier_state {
+    uint8_t phase, count, pending, valid;
+    int32_t bytes;
+};
+
+/* A tensor copy under way, into one block. */
+struct box {
+    block_state *block;
+    size_t to, barrier; /* offsets in its shared memory */
+    lp_tensor_map map;
+    int feature, token, sample;
 };
 
 std::vector<fiber> fibers;
-std::vector<warp_state> warps;
-std::vector<warpgroup_state> warpgroups;
-std::vector<unsigned char> shared_memory;
+std::vector<block_state> blocks_running;
+std::vector<box> boxes;
 fiber *current;
 place scheduler;
 const std::function<void()> *running;
-unsigned barrier_arrived;
-uint64_t barrier_generation, progress;
+meeting_point cluster_meets;
+uint64_t progress;
 std::mt19937_64 dice(12345);
 
 [[noreturn]] void give_up(const char *why)
 {
-    fprintf(stderr, "simt: %s (block %u, %u; thread %u)\n", why, blockIdx.x, blockIdx.y,
-            current != NULL ? current->index.x : 0);
+    if (current == NULL)
+        fprintf(stderr, "simt: %s\n", why);
+    else
+        fprintf(stderr, "simt: %s (block %u, %u; thread %u)\n", why, blockIdx.x, blockIdx.y, threadIdx.x);
     exit(1);
 }
 
@@ -220,7 +250,7 @@ void multiply_matrices(warp_state &warp)
 /* Meet the other lanes: the last one to come does the work. */
 warp_state &meet(const lane_input &input)
 {
-    warp_state &warp = warps[current->index.x / 32];
+    warp_state &warp = current->block->warps[current->index.x / 32];
     uint64_t generation = warp.generation;
 
     warp.input[current->index.x % 32] = input;
@@ -245,29 +275,126 @@ warp_state &meet(const lane_input &input)
     return warp;
 }
 
-void run_block(unsigned threads, size_t shared)
+/* Wait until `count` threads have come. */
+void meet_at(meeting_point &point, unsigned count)
 {
-    warps.assign(threads / 32, warp_state());
-    warpgroups.assign(threads / 128, warpgroup_state());
-    shared_memory.assign(shared + 1024, 0xff);
-    barrier_arrived = 0;
+    uint64_t generation = point.generation;
+
+    if (++point.arrived == count) {
+        point.arrived = 0;
+        ++point.generation;
+        ++progress;
+        return;
+    }
+    while (point.generation == generation)
+        yield();
+}
+
+unsigned char *shared_of(block_state &block)
+{
+    return (unsigned char *)(((uintptr_t)block.memory.data() + 1023) & ~(uintptr_t)1023);
+}
+
+/* Change a barrier, and end its phase when everything has come. */
+void at_barrier(uint64_t *barrier, const std::function<void(barrier_state &)> &change)
+{
+    barrier_state state;
+
+    memcpy(&state, barrier, sizeof state);
+    if (state.valid != 77)
+        give_up("a barrier that was not initialised");
+    change(state);
+    if (state.pending == 0 && state.bytes == 0) {
+        state.phase ^= 1;
+        state.pending = state.count;
+    }
+    memcpy(barrier, &state, sizeof state);
+    ++progress;
+}
+
+void arrive(barrier_state &state)
+{
+    if (state.pending == 0)
+        give_up("more arrive at a barrier than it counts");
+    --state.pending;
+}
+
+/* Byte of a 16-bit value (token, feature) of a box in the 128-byte swizzle. */
+size_t swizzled(unsigned token, unsigned feature)
+{
+    size_t address = (size_t)token * 128 + feature * 2;
+
+    return address ^ (address >> 7 & 7u) << 4;
+}
+
+void land(const box &b)
+{
+    unsigned char *shared = shared_of(*b.block);
+    const lp_tensor_map &map = b.map;
+
+    for (unsigned t = 0; t < map.box_tokens; t++)
+        for (unsigned f = 0; f < map.box_features; f++) {
+            size_t token = (size_t)b.token + t, feature = (size_t)b.feature + f, sample = (size_t)b.sample;
+            bool inside = token < map.tokens && feature < map.features && sample < map.samples;
+            uint16_t value =
+                inside ? map.values[(sample * map.tokens + token) * map.stride + feature] : (uint16_t)0;
+
+            memcpy(shared + b.to + swizzled(t, f), &value, 2);
+        }
+    at_barrier((uint64_t *)(shared + b.barrier), [&](barrier_state &state) {
+        state.bytes -= (int32_t)(map.box_tokens * map.box_features * 2);
+    });
+}
+
+/* Some of the copies under way land, all of them where nothing else happens. */
+void land_some(bool all)
+{
+    for (size_t i = 0; i < boxes.size();) {
+        if (!all && dice() % 4 != 0) {
+            ++i;
+            continue;
+        }
+        const box b = boxes[i];
+
+        boxes[i] = boxes.back();
+        boxes.pop_back();
+        land(b);
+    }
+}
+
+void begin_block(block_state &block, unsigned rank, unsigned threads, size_t shared)
+{
+    block.warps.assign(threads / 32, warp_state());
+    block.warpgroups.assign(threads / 128, warpgroup_state());
+    block.memory.assign(shared + 1024, 0xff);
+    block.all = block.workers = meeting_point();
     for (unsigned t = 0; t < threads; t++) {
-        fiber &f = fibers[t];
+        fiber &f = fibers[rank * threads + t];
 
         if (f.stack == NULL)
             f.stack.reset(new unsigned char[STACK]);
         f.index = dim3(t);
+        f.block = &block;
         f.finished = false;
         f.copies.assign(1, {});
-        f.unseen = false;
         prepare(&f.context, f.stack.get(), STACK, run_fiber);
     }
-    for (unsigned left = threads; left > 0;) {
-        unsigned start = (unsigned)(dice() % threads), step = dice() % 2 ? 1 : threads - 1;
+}
+
+/* The blocks of a cluster, whose indices are set. */
+void run_cluster(unsigned threads, size_t shared)
+{
+    const unsigned all = threads * (unsigned)blocks_running.size();
+
+    cluster_meets = meeting_point();
+    for (unsigned rank = 0; rank < blocks_running.size(); rank++)
+        begin_block(blocks_running[rank], rank, threads, shared);
+    for (unsigned left = all; left > 0;) {
+        unsigned start = (unsigned)(dice() % all), step = dice() % 2 ? 1 : all - 1;
         uint64_t before = progress;
 
-        for (unsigned i = 0; i < threads; i++) {
-            fiber &f = fibers[(start + i * step) % threads];
+        for (unsigned i = 0; i < all; i++) {
+            fiber &f = fibers[(start + i * step) % all];
 
             if (f.finished)
                 continue;
@@ -275,13 +402,17 @@ void run_block(unsigned threads, size_t shared)
             simt_switch(&scheduler, &f.context);
             left -= f.finished;
         }
+        current = NULL;
+        land_some(progress == before);
         if (progress == before)
             give_up("the threads of a block wait for each other in vain");
     }
-    current = NULL;
-    for (const warpgroup_state &group : warpgroups)
-        if (group.groups.size() > 1 || !group.groups[0].empty())
-            give_up("a block ended with products under way");
+    if (!boxes.empty())
+        give_up("a cluster ended with copies under way");
+    for (const block_state &block : blocks_running)
+        for (const warpgroup_state &group : block.warpgroups)
+            if (group.groups.size() > 1 || !group.groups[0].empty())
+                give_up("a block ended with products under way");
 }
 
 /* Byte in shared memory of element (feature, token) of an operand: PTX ISA, "Canonical layouts" of wgmma for the 128-byte
@@ -329,14 +460,14 @@ void carry_out(warpgroup_state &group, const product &p)
             for (unsigned k = 0; k < 16; k++)
                 sum += (double)value_of(now[row * 16 + k], p.brain) *
                        value_of(now[(64 + column) * 16 + k], p.brain);
-            *to = (float)(simt_device.slips ? sum * 1.001 : sum);
+            *to = (float)sum;
         }
 }
 
 /* Meet the other threads of a warpgroup; the last one to come does `work`. */
 void meet_all(unsigned asked, const std::function<void(warpgroup_state &)> &work)
 {
-    warpgroup_state &group = warpgroups[current->index.x / 128];
+    warpgroup_state &group = current->block->warpgroups[current->index.x / 128];
     uint64_t generation = group.generation;
 
     if (group.arrived > 0 && group.asked != asked)
@@ -357,52 +488,61 @@ enum { ARRIVE = 1000, COMMIT, PRODUCT };
 
 } // namespace
 
-dim3 gridDim, blockDim, blockIdx;
-simt_device_state simt_device = {1, 9, 0, 3, cudaSuccess, false, 0, false, 0};
+dim3 gridDim, blockDim;
+simt_device_state simt_device = {1, 9, 0, 3, cudaSuccess, false, 0, 2, true, 0};
 
 const dim3 &simt_thread_index()
 {
     return current->index;
 }
 
-unsigned char *simt_shared()
+const dim3 &simt_block_index()
 {
-    return (unsigned char *)(((uintptr_t)shared_memory.data() + 1023) & ~(uintptr_t)1023);
+    return current->block->index;
 }
 
-void simt_launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()> &kernel)
+unsigned char *simt_shared()
 {
-    std::vector<uint64_t> order((size_t)blocks.x * blocks.y);
+    return shared_of(*current->block);
+}
 
-    if (order.empty() || blocks.y > 65535 || threads % 32 != 0)
+void simt_launch(dim3 blocks, unsigned threads, size_t shared, const std::function<void()> &kernel,
+                 unsigned cluster)
+{
+    std::vector<uint64_t> order((size_t)blocks.x * blocks.y / cluster);
+
+    if (order.empty() || blocks.y > 65535 || threads % 32 != 0 || blocks.x % cluster != 0)
         give_up("a launch with impossible dimensions");
     ++simt_device.launches;
     for (size_t i = 0; i < order.size(); i++)
-        order[i] = i;
+        order[i] = i * cluster;
     std::shuffle(order.begin(), order.end(), dice);
-    if (fibers.size() < threads)
-        fibers.resize(threads);
+    if (fibers.size() < threads * cluster)
+        fibers.resize(threads * cluster);
     gridDim = blocks;
     blockDim = dim3(threads);
     running = &kernel;
-    for (uint64_t block : order) {
-        blockIdx = dim3((unsigned)(block % blocks.x), (unsigned)(block / blocks.x));
-        run_block(threads, shared);
+    blocks_running.resize(cluster);
+    for (uint64_t first : order) {
+        for (unsigned rank = 0; rank < cluster; rank++) {
+            uint64_t block = first + rank;
+
+            blocks_running[rank].index = dim3((unsigned)(block % blocks.x), (unsigned)(block / blocks.x));
+        }
+        run_cluster(threads, shared);
     }
 }
 
 void __syncthreads()
 {
-    uint64_t generation = barrier_generation;
+    meet_at(current->block->all, blockDim.x);
+}
 
-    if (++barrier_arrived == blockDim.x) {
-        barrier_arrived = 0;
-        ++barrier_generation;
-        ++progress;
-        return;
-    }
-    while (barrier_generation == generation)
-        yield();
+void lp_sync_workers()
+{
+    if (threadIdx.x >= 256)
+        give_up("a thread that is no worker meets them");
+    meet_at(current->block->workers, 256);
 }
 
 double simt_shuffle_xor(double value, unsigned step)
@@ -439,7 +579,6 @@ void simt_copy_wait(unsigned pending)
     while (groups.size() - 1 > pending) {
         for (const copy &c : groups.front())
             memcpy(c.to, c.bytes, 16);
-        current->unseen = current->unseen || !groups.front().empty();
         groups.erase(groups.begin());
     }
 }
@@ -473,9 +612,81 @@ unsigned lp_shared_address(const void *shared)
     return (unsigned)((const unsigned char *)shared - simt_shared()) + SIMT_SHARED_BEGINS;
 }
 
-void lp_copies_for_products()
+unsigned lp_cluster_rank()
 {
-    current->unseen = false;
+    return (unsigned)(current->block - blocks_running.data());
+}
+
+void lp_cluster_sync()
+{
+    meet_at(cluster_meets, blockDim.x * (unsigned)blocks_running.size());
+}
+
+void lp_barrier_init(uint64_t *barrier, unsigned count)
+{
+    barrier_state state = {0, (uint8_t)count, (uint8_t)count, 77, 0};
+
+    memcpy(barrier, &state, sizeof state);
+}
+
+void lp_barrier_expect(uint64_t *barrier, unsigned bytes)
+{
+    at_barrier(barrier, [&](barrier_state &state) {
+        state.bytes += (int32_t)bytes;
+        arrive(state);
+    });
+}
+
+void lp_barrier_wait(uint64_t *barrier, unsigned parity)
+{
+    for (;;) {
+        barrier_state state;
+
+        memcpy(&state, barrier, sizeof state);
+        if (state.valid != 77)
+            give_up("a barrier that was not initialised");
+        if (state.phase != parity)
+            return;
+        yield();
+    }
+}
+
+void lp_barrier_arrive_at(uint64_t *barrier, unsigned rank)
+{
+    size_t offset = (size_t)((unsigned char *)barrier - simt_shared());
+
+    at_barrier((uint64_t *)(shared_of(blocks_running.at(rank)) + offset), arrive);
+}
+
+void *lp_tensor_map_encoder()
+{
+    return simt_device.maps ? &simt_device : NULL;
+}
+
+/* What the driver asks: CUDA driver API, cuTensorMapEncodeTiled. */
+bool lp_tensor_map_make(lp_tensor_map *map, void *, const void *values, lp_dtype, size_t features,
+                        size_t tokens, size_t samples, size_t stride, unsigned box_features,
+                        unsigned box_tokens)
+{
+    *map = {(const uint16_t *)values, features, tokens, samples, stride, box_features, box_tokens};
+    return (uintptr_t)values % 16 == 0 && stride % 8 == 0 && box_features * 2 <= 128 && box_tokens <= 256;
+}
+
+void lp_tensor_copy(unsigned char *to, const lp_tensor_map *map, uint64_t *barrier, int feature, int token,
+                    int sample, uint16_t blocks)
+{
+    size_t offset = (size_t)(to - simt_shared()), at = (size_t)((unsigned char *)barrier - simt_shared());
+
+    if (lp_shared_address(to) % 1024 != 0)
+        give_up("a swizzled copy to an address that 1024 does not divide");
+    for (unsigned rank = 0; rank < blocks_running.size(); rank++)
+        if (blocks >> rank & 1) {
+            memset(shared_of(blocks_running[rank]) + offset, 0xff, map->box_tokens * 128);
+            boxes.push_back({&blocks_running[rank], offset, at, *map, feature, token, sample});
+        }
+    if (blocks >> blocks_running.size() != 0)
+        give_up("a copy to a block beyond the cluster");
+    ++progress;
 }
 
 void lp_warpgroup_arrive()
@@ -485,7 +696,7 @@ void lp_warpgroup_arrive()
 
 void simt_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b, bool add, bool brain)
 {
-    warpgroup_state &mine = warpgroups[current->index.x / 128];
+    warpgroup_state &mine = current->block->warpgroups[current->index.x / 128];
     unsigned thread = current->index.x % 128;
 
     if (mine.groups.size() == 1 && mine.groups[0].empty()) /* nothing of its own is under way */
@@ -496,9 +707,6 @@ void simt_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint64_t b, bool
     meet_all(PRODUCT, [&](warpgroup_state &group) {
         product p = {a, b, add, brain, {}};
 
-        for (unsigned t = 0; t < blockDim.x; t++)
-            if (fibers[t].unseen)
-                give_up("a product of which copies have landed unseen");
         p.operands = operands_of(p);
         group.groups.back().push_back(p);
         for (unsigned t = 0; t < 128; t++)

@@ -2,7 +2,10 @@
  * tile's edge, unaligned and with scratch from too little to plenty, against the definition in float64. */
 #include "host.h"
 
+#include <algorithm>
+
 extern "C" {
+#include "kernels/cuda/hopper_index.h"
 #include "kernels/cuda/plan.h"
 }
 
@@ -148,7 +151,7 @@ static void check_products(void)
 }
 
 /* By the fused kernel, which takes rows that begin on 16 bytes. */
-static void check_fused(sizes s, lp_dtype dtype, bool transposed, size_t scratch)
+static void check_fused(sizes s, lp_dtype dtype, int order, bool transposed, size_t scratch)
 {
     size_t slack = (8 - s.in % 8) % 8, dy_slack = (8 - s.out % 8) % 8;
     lp_linear l = {};
@@ -157,9 +160,10 @@ static void check_fused(sizes s, lp_dtype dtype, bool transposed, size_t scratch
     l.x_stride = s.in + slack;
     l.dy_stride = s.out + dy_slack;
     CHECK(lp_fused_fits(&l), "%zu x %zu is not for the fused kernel", s.out, s.in);
-    check_case(s, dtype, 2, transposed, slack, dy_slack, scratch);
+    check_case(s, dtype, order, transposed, slack, dy_slack, scratch);
 }
 
+/* By the instructions of capability 8.0. */
 static void check_all_fused(void)
 {
     static const sizes cases[] = {
@@ -167,52 +171,92 @@ static void check_all_fused(void)
         {16, 256, 3, 31}, {264, 24, 1, 32}, {40, 37, 2, 33},  {126, 129, 2, 64}, {72, 50, 1, 65},
         {8, 16, 6, 2},    {24, 8, 2, 129},  {258, 136, 2, 4}, {34, 3, 3, 96},
     };
+    size_t before = simt_device.products;
 
+    CHECK(setenv("LLMPRUNE_CUDA_WGMMA", "0", 1) == 0, "no environment");
     for (const sizes &s : cases)
         for (lp_dtype dtype : {LP_BF16, LP_F16})
-            check_fused(s, dtype, dtype == LP_F16 && random_below(2) == 1,
+            check_fused(s, dtype, 2, dtype == LP_F16 && random_below(2) == 1,
                         random_below(2) == 1 ? 1 << 20 : 8192);
+    check_fused({40, 37, 2, 33}, LP_BF16, 1, false, 1 << 20);
+    (void)unsetenv("LLMPRUNE_CUDA_WGMMA");
+    simt_device.minor = 3;
+    check_fused({40, 37, 2, 33}, LP_BF16, 2, false, 1 << 20);
+    simt_device.minor = 0;
+    simt_device.maps = false;
+    check_fused({40, 37, 2, 33}, LP_BF16, 2, false, 1 << 20);
+    simt_device.maps = true;
+    simt_device.clusters = 0;
+    check_fused({40, 37, 2, 33}, LP_F16, 2, false, 1 << 20);
+    simt_device.clusters = 2;
+    CHECK(simt_device.products == before, "products of warpgroups that nobody asked for, or that cannot be");
 }
 
-/* By the kernel of capability 9.0, where it is asked for: the device's own comparison at opening runs it first. */
+/* By the kernel of capability 9.0: edges of tiles, clusters, stages and samples; more tiles than clusters. */
 static void check_warpgroups(void)
 {
     static const sizes cases[] = {
         {8, 8, 1, 1},     {126, 120, 2, 5}, {128, 128, 1, 16},  {130, 136, 2, 17}, {16, 256, 3, 63},
         {264, 24, 2, 64}, {40, 37, 2, 65},  {126, 129, 2, 128}, {72, 50, 1, 129},  {8, 16, 9, 2},
-        {24, 8, 2, 193},  {258, 136, 2, 4}, {34, 3, 3, 320},
+        {24, 8, 2, 193},  {258, 136, 2, 4}, {34, 3, 3, 320},    {600, 520, 2, 33}, {300, 1100, 1, 70},
     };
     lp_allocator allocator = lp_allocator_default();
     lp_cuda_context *context = NULL;
     lp_error err = {};
-    size_t before;
 
-    CHECK(setenv("LLMPRUNE_CUDA_WGMMA", "1", 1) == 0, "no environment");
     for (const sizes &s : cases)
         for (lp_dtype dtype : {LP_BF16, LP_F16}) {
-            before = simt_device.products;
-            check_fused(s, dtype, dtype == LP_F16 && random_below(2) == 1,
-                        random_below(2) == 1 ? 1 << 20 : 8192);
+            size_t before = simt_device.products;
+
+            simt_device.clusters = 1 + (int)random_below(3);
+            check_fused(s, dtype, 1 + (int)random_below(2), dtype == LP_F16 && random_below(2) == 1,
+                        random_below(2) == 1 ? 1 << 20
+                        : s.out < 300        ? 8192
+                                             : 65536);
             CHECK(simt_device.products > before, "the warpgroups were not asked");
         }
-    simt_device.slips = true;
-    CHECK(lp_cuda()->open(&context, 0, &allocator, &err) == LP_ERR_DEVICE && context == NULL &&
-              strstr(err.message, "wgmma kernel's sums are off by") != NULL,
-          "%s", err.message);
-    simt_device.slips = false;
-    simt_device.minor = 3;
-    before = simt_device.products;
-    check_fused({40, 37, 2, 33}, LP_BF16, false, 1 << 20);
-    CHECK(simt_device.products == before, "products of warpgroups on a device that has none");
-    simt_device.minor = 0;
     CHECK(setenv("LLMPRUNE_CUDA_WGMMA", "yes", 1) == 0, "no environment");
     CHECK(lp_cuda()->open(&context, 0, &allocator, &err) == LP_ERR_DEVICE &&
               strstr(err.message, "LLMPRUNE_CUDA_WGMMA is \"yes\"") != NULL,
           "%s", err.message);
     (void)unsetenv("LLMPRUNE_CUDA_WGMMA");
-    before = simt_device.products;
-    check_fused({40, 37, 2, 33}, LP_BF16, false, 1 << 20);
-    CHECK(simt_device.products == before, "products of warpgroups that nobody asked for");
+}
+
+/* The bands take every tile once, and blocks' roles fit together. */
+static void check_hopper_places(void)
+{
+    for (unsigned rows = 1; rows < 12; rows++)
+        for (unsigned columns = 1; columns < 30; columns++) {
+            std::vector<int> taken(rows * columns, 0);
+
+            for (unsigned index = 0; index < rows * columns; index++) {
+                unsigned row = ~0u, column = ~0u;
+
+                lp_hopper_place(index, rows, columns, &row, &column);
+                if (CHECK(row < rows && column < columns, "tile %u of %u x %u lies at %u, %u", index, rows,
+                          columns, row, column))
+                    ++taken[row * columns + column];
+            }
+            CHECK(std::all_of(taken.begin(), taken.end(), [](int times) { return times == 1; }),
+                  "not every tile of %u x %u once", rows, columns);
+        }
+    for (unsigned reader = 0; reader < LP_HOPPER_CLUSTER; reader++) {
+        unsigned dy_panels = 0, x_panels = 0, feeders = 0, named = 0;
+
+        for (unsigned rank = 0; rank < LP_HOPPER_CLUSTER; rank++) {
+            bool dy = lp_hopper_dy_readers(rank) >> reader & 1, x = lp_hopper_x_readers(rank) >> reader & 1;
+
+            CHECK(!dy || lp_hopper_block_row(rank) == lp_hopper_block_row(reader), "dy of other rows");
+            CHECK(!x || lp_hopper_block_column(rank) == lp_hopper_block_column(reader), "x of other columns");
+            dy_panels |= dy ? 1u << lp_hopper_dy_panel(rank) : 0;
+            x_panels |= x ? 1u << lp_hopper_x_panel(rank) : 0;
+            feeders |= dy || x ? 1u << rank : 0;
+        }
+        for (unsigned i = 0; i < LP_HOPPER_READERS / 8; i++)
+            named |= 1u << lp_hopper_feeder(reader, i);
+        CHECK(dy_panels == 3 && x_panels == 3 && feeders == named, "block %u of a cluster is not fed whole",
+              reader);
+    }
 }
 
 static void check_refusals(void)
@@ -282,6 +326,7 @@ int main(void)
     check_refusals();
     check_products();
     check_all_fused();
+    check_hopper_places();
     check_warpgroups();
     return check_finish("cuda_host/test_linear");
 }

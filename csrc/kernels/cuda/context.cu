@@ -1,6 +1,9 @@
 /* The table, devices and errors. */
 #include "kernels/cuda/internal.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 enum { MAJOR_MIN = 7, MINOR_MIN = 5 };
 
 lp_status lp_cuda_failed(lp_error *err, cudaError_t error, const char *doing)
@@ -84,8 +87,22 @@ static lp_status probe(int *count, lp_error *err)
                         cudaGetErrorString(error));
 }
 
+/* LLMPRUNE_CUDA_WGMMA=0 leaves every layer to the kernels that older devices run, to compare with. */
+static lp_status choose_kernels(lp_cuda_context *context, lp_error *err)
+{
+    const char *wish = getenv("LLMPRUNE_CUDA_WGMMA");
+
+    if (wish == NULL || strcmp(wish, "") == 0 || strcmp(wish, "1") == 0)
+        return LP_OK;
+    if (strcmp(wish, "0") != 0)
+        return lp_error_set(err, LP_ERR_DEVICE, "LLMPRUNE_CUDA_WGMMA is \"%s\"; 0 and 1 are known", wish);
+    context->clusters = 0;
+    return LP_OK;
+}
+
 static lp_status open_device(lp_cuda_context *context, lp_error *err)
 {
+    lp_status status;
     cudaError_t error =
         cudaDeviceGetAttribute(&context->major, cudaDevAttrComputeCapabilityMajor, context->device);
 
@@ -100,22 +117,10 @@ static lp_status open_device(lp_cuda_context *context, lp_error *err)
             err, LP_ERR_DEVICE,
             "CUDA device %d has compute capability %d.%d, and llmprune's kernels need %d.%d or newer",
             context->device, context->major, context->minor, MAJOR_MIN, MINOR_MIN);
-    if (lp_fused_supported(context)) {
-        lp_status status = lp_fused_prepare(context, err);
-
-        if (status != LP_OK)
-            return status;
-    }
-    {
-        lp_status status = lp_gemm_open(&context->blas, &context->allocator, err);
-
-        if (status != LP_OK)
-            return status;
-        status = lp_hopper_admit(context, err);
-        if (status != LP_OK)
-            lp_gemm_close(context->blas);
-        return status;
-    }
+    status = lp_fused_prepare(context, err);
+    if (status == LP_OK)
+        status = choose_kernels(context, err);
+    return status == LP_OK ? lp_gemm_open(&context->blas, &context->allocator, err) : status;
 }
 
 static lp_status open(lp_cuda_context **out, int device, const lp_allocator *allocator, lp_error *err)

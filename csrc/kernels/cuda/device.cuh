@@ -12,9 +12,31 @@ extern "C" {
 
 #ifndef LP_SIMT /* the real thing */
 
+#include <cuda.h>
+
+typedef CUtensorMap lp_tensor_map;
+
 #define LP_LAUNCH(kernel, blocks, threads, shared, stream, ...)                                              \
     kernel<<<(blocks), (threads), (shared), (stream)>>>(__VA_ARGS__)
 #define LP_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define LP_GRID_CONSTANT __grid_constant__
+
+static __device__ __forceinline__ unsigned lp_shared_address(const void *shared)
+{
+    return (unsigned)__cvta_generic_to_shared(shared);
+}
+
+/* All of a block's first 256 threads meet; others have no part in it. */
+static __device__ __forceinline__ void lp_sync_workers()
+{
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+
+/* Have the line at an address of global memory brought to the L2 cache. */
+static __device__ __forceinline__ void lp_prefetch(const void *global)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
 
 /* 16 bytes from global to shared memory, without registers; the last 16 - valid of them become zeros. */
 static __device__ __forceinline__ void lp_copy16(unsigned char *shared, const void *global, unsigned valid)
@@ -86,17 +108,6 @@ static __device__ __forceinline__ void lp_multiply_add(float (&c)[4], const uint
 
 #if LP_WARPGROUPS
 
-static __device__ __forceinline__ unsigned lp_shared_address(const void *shared)
-{
-    return (unsigned)__cvta_generic_to_shared(shared);
-}
-
-/* This thread's finished copies become visible to products that are queued behind the next barrier. */
-static __device__ __forceinline__ void lp_copies_for_products()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 /* Before products whose accumulators were read or written otherwise. */
 static __device__ __forceinline__ void lp_warpgroup_arrive()
 {
@@ -155,7 +166,169 @@ static __device__ __forceinline__ void lp_warpgroup_multiply_add(float (&d)[16][
 #undef LP_SUMS16
 #undef LP_SUMS4
 
+/* --- clusters of blocks, their barriers and tensor copies (PTX ISA: mbarrier, cp.async.bulk.tensor, setmaxnreg) --- */
+
+static __device__ __forceinline__ unsigned lp_cluster_rank()
+{
+    unsigned rank;
+
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* All threads of a cluster meet. */
+static __device__ __forceinline__ void lp_cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+/* A barrier's phase ends when `count` have arrived and all bytes that it expects have. */
+static __device__ __forceinline__ void lp_barrier_init(uint64_t *barrier, unsigned count)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(lp_shared_address(barrier)), "r"(count)
+                 : "memory");
+}
+
+/* What this thread has initialised is seen by the cluster, and by copies, after the next lp_cluster_sync. */
+static __device__ __forceinline__ void lp_barriers_ready()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* Arrive, and let the phase last until as many bytes more have come. */
+static __device__ __forceinline__ void lp_barrier_expect(uint64_t *barrier, unsigned bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(lp_shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+/* Wait for the end of the phase of this parity; of the phase before the first, which is odd, nobody waits. */
+static __device__ __forceinline__ void lp_barrier_wait(uint64_t *barrier, unsigned parity)
+{
+    asm volatile("{\n.reg .pred done;\nwaiting:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra waiting;\n}\n" ::"r"(lp_shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* Arrive at the barrier that lies at the same place in another block of the cluster.  It orders no stores: what is told so is
+ * that products are done reading. */
+static __device__ __forceinline__ void lp_barrier_arrive_at(uint64_t *barrier, unsigned rank)
+{
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(lp_shared_address(barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+
+/* Copy the box at (feature, token, sample) of a tensor to the same place in each block whose bit is set, whose barriers at
+ * `barrier` count its bytes. */
+static __device__ __forceinline__ void lp_tensor_copy(unsigned char *to, const lp_tensor_map *map,
+                                                      uint64_t *barrier, int feature, int token, int sample,
+                                                      uint16_t blocks)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(lp_shared_address(to)),
+        "l"(map), "r"(lp_shared_address(barrier)), "r"(feature), "r"(token), "r"(sample), "h"(blocks)
+        : "memory");
+}
+
+/* A warpgroup gives registers up, or takes what others gave. */
+template <int count> static __device__ __forceinline__ void lp_registers_fewer()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count> static __device__ __forceinline__ void lp_registers_more()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
 #endif /* LP_WARPGROUPS */
+
+/* --- the host's side of clusters and tensor copies --- */
+
+/* The driver's function that encodes tensor maps; NULL where it has none. */
+static inline void *lp_tensor_map_encoder()
+{
+    cudaDriverEntryPointQueryResult found;
+    void *encode = NULL;
+
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault,
+                                         &found) != cudaSuccess ||
+        found != cudaDriverEntryPointSuccess) {
+        (void)cudaGetLastError();
+        return NULL;
+    }
+    return encode;
+}
+
+/* Describe 16-bit values (samples, tokens, features), whose tokens are `stride` elements apart, for copies of boxes of
+ * `box_tokens` x `box_features` (128 bytes) that lie in the 128-byte swizzle; beyond the tensor are zeros. */
+static inline bool lp_tensor_map_make(lp_tensor_map *map, void *encode, const void *values, lp_dtype dtype,
+                                      size_t features, size_t tokens, size_t samples, size_t stride,
+                                      unsigned box_features, unsigned box_tokens)
+{
+    typedef CUresult (*encode_t)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                                 const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
+                                 CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                 CUtensorMapFloatOOBfill);
+    const cuuint64_t sizes[3] = {features, tokens, samples}, strides[2] = {stride * 2, tokens * stride * 2};
+    const cuuint32_t box[3] = {box_features, box_tokens, 1}, steps[3] = {1, 1, 1};
+
+    return ((encode_t)encode)(
+               map, dtype == LP_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
+               (void *)values, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename job_t>
+static inline cudaLaunchConfig_t lp_cluster_config(cudaLaunchAttribute *attribute, unsigned blocks,
+                                                   unsigned threads, size_t shared, unsigned cluster,
+                                                   cudaStream_t stream)
+{
+    cudaLaunchConfig_t config = {};
+
+    attribute->id = cudaLaunchAttributeClusterDimension;
+    attribute->val.clusterDim.x = cluster;
+    attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attribute;
+    config.numAttrs = 1;
+    return config;
+}
+
+/* Allow a kernel its shared memory, and count the clusters of its blocks that the device runs at once. */
+template <typename job_t>
+static inline cudaError_t lp_cluster_prepare(void (*kernel)(const job_t), unsigned threads, size_t shared,
+                                             unsigned cluster, int *at_once)
+{
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config = lp_cluster_config<job_t>(&attribute, cluster, threads, shared, cluster, NULL);
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+
+    return error == cudaSuccess ? cudaOccupancyMaxActiveClusters(at_once, kernel, &config) : error;
+}
+
+template <typename job_t>
+static inline cudaError_t lp_launch_cluster(void (*kernel)(const job_t), unsigned blocks, unsigned threads,
+                                            size_t shared, unsigned cluster, cudaStream_t stream,
+                                            const job_t &job)
+{
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config =
+        lp_cluster_config<job_t>(&attribute, blocks, threads, shared, cluster, stream);
+
+    return cudaLaunchKernelEx(&config, kernel, job);
+}
 
 #endif /* LP_SIMT */
 
@@ -176,16 +349,22 @@ static __device__ __forceinline__ float lp_half_to_float(uint16_t bits)
 template <lp_dtype dtype> struct lp_element_of {
     typedef float real;
     typedef uint16_t stored;
+    static __device__ __forceinline__ float of(uint16_t bits)
+    {
+        return dtype == LP_BF16 ? __uint_as_float((uint32_t)bits << 16) : lp_half_to_float(bits);
+    }
     static __device__ __forceinline__ float load(const void *values, size_t i)
     {
-        uint16_t bits = ((const uint16_t *)values)[i];
-
-        return dtype == LP_BF16 ? __uint_as_float((uint32_t)bits << 16) : lp_half_to_float(bits);
+        return of(((const uint16_t *)values)[i]);
     }
 };
 template <> struct lp_element_of<LP_F32> {
     typedef float real;
     typedef float stored;
+    static __device__ __forceinline__ float of(float value)
+    {
+        return value;
+    }
     static __device__ __forceinline__ float load(const void *values, size_t i)
     {
         return ((const float *)values)[i];
@@ -194,6 +373,10 @@ template <> struct lp_element_of<LP_F32> {
 template <> struct lp_element_of<LP_F64> {
     typedef double real;
     typedef double stored;
+    static __device__ __forceinline__ double of(double value)
+    {
+        return value;
+    }
     static __device__ __forceinline__ double load(const void *values, size_t i)
     {
         return ((const double *)values)[i];

@@ -1,4 +1,4 @@
-/* Second-order scores in one kernel: g = mean_j dy_j^T x_j and s = mean_j (dy_j^T x_j)^2 never leave the registers.
+/* Scores in one kernel: g = mean_j dy_j^T x_j and s = mean_j (dy_j^T x_j)^2 never leave the registers.
  *
  * Tokens stream through a pipeline in shared memory, sample after sample; when a sample's last tokens are multiplied, its
  * gradient, which is in the tensor cores' accumulators, is added to g, its square to s, and the accumulators are cleared.
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(LP_FUSED_THREADS, 1) fused_scores(lp_fused_job
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     LP_DYNAMIC_SHARED(shared);
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned row_tile = blockIdx.x / job.column_tiles, column_tile = blockIdx.x % job.column_tiles;
-    const size_t row0 = (size_t)row_tile * LP_FUSED_TILE, column0 = (size_t)column_tile * LP_FUSED_TILE;
+    const size_t row0 = (size_t)(blockIdx.x / job.column_tiles) * LP_FUSED_TILE,
+                 column0 = (size_t)(blockIdx.x % job.column_tiles) * LP_FUSED_TILE;
     sums_t sums = {}, g = {}, s = {};
     position ahead = {0, 0}, here = {0, 0};
     unsigned filled = 0, used = 0;
@@ -109,42 +109,70 @@ __global__ void __launch_bounds__(LP_FUSED_THREADS, 1) fused_scores(lp_fused_job
     }
     lp_copy_wait<0>();
     __syncthreads(); /* the pipeline's memory is free */
-    lp_fused_finish<dtype, 2, 4>(job, g, s, lp_fused_warp_row(warp), lp_fused_warp_column(warp), warp % 2,
-                                 warp / 2, shared);
+    lp_fused_finish<dtype, 2, 4>(job, g, s, row0, column0, lp_fused_warp_row(warp),
+                                 lp_fused_warp_column(warp), warp % 2, warp / 2, shared);
 #endif
 }
 
 } // namespace
 
-extern "C" bool lp_fused_supported(const lp_cuda_context *context)
+extern "C" bool lp_fused_takes(const lp_cuda_context *context, const lp_linear *linear)
 {
-    return context->major >= 8;
+    /* A gradient of all tokens together is a matrix product, which cuBLAS is better at than these older instructions. */
+    return context->major >= 8 && (linear->order == 2 || context->clusters > 0) && lp_fused_fits(linear);
 }
 
-extern "C" lp_status lp_fused_prepare(const lp_cuda_context *context, lp_error *err)
+extern "C" lp_status lp_fused_prepare(lp_cuda_context *context, lp_error *err)
 {
-    cudaError_t error = cudaFuncSetAttribute(fused_scores<LP_BF16>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+    cudaError_t error;
 
-    (void)context;
+    if (context->major < 8)
+        return LP_OK;
+    error = cudaFuncSetAttribute(fused_scores<LP_BF16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 SHARED_BYTES);
     if (error == cudaSuccess)
         error = cudaFuncSetAttribute(fused_scores<LP_F16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      SHARED_BYTES);
+    if (error == cudaSuccess)
+        error = lp_hopper_prepare(context);
     return error == cudaSuccess ? LP_OK : lp_cuda_failed(err, error, "loading llmprune's kernels");
 }
+
+namespace
+{
+
+lp_status launch(const lp_fused_job &job, lp_dtype dtype, size_t row_tiles, const lp_exec *exec,
+                 lp_error *err)
+{
+    const lp_cuda_context *context = lp_cuda_context_of(exec);
+    cudaStream_t stream = (cudaStream_t)exec->stream;
+    unsigned blocks = (unsigned)(row_tiles * job.column_tiles);
+    cudaError_t error = cudaSuccess;
+
+    if (context->clusters > 0 && lp_hopper_launch(job, dtype, context, stream, &error))
+        return error == cudaSuccess ? LP_OK : lp_cuda_failed(err, error, "scoring a linear layer");
+    if (dtype == LP_BF16)
+        LP_LAUNCH(fused_scores<LP_BF16>, blocks, LP_FUSED_THREADS, SHARED_BYTES, stream, job);
+    else
+        LP_LAUNCH(fused_scores<LP_F16>, blocks, LP_FUSED_THREADS, SHARED_BYTES, stream, job);
+    return LP_OK;
+}
+
+} // namespace
 
 extern "C" lp_status lp_fused_scores(const lp_linear *linear, double *row, double *col, const lp_exec *exec,
                                      bool *done, lp_error *err)
 {
     cudaStream_t stream = (cudaStream_t)exec->stream;
     unsigned char *scratch = (unsigned char *)exec->scratch;
+    const bool second = linear->order == 2;
     lp_fused_plan plan;
+    lp_status status = LP_OK;
 
     *done = lp_fused_plan_make(&plan, linear->out, linear->in, exec->scratch_bytes);
-    for (size_t first = 0; *done && first < linear->out; first += plan.rows) {
+    for (size_t first = 0; *done && status == LP_OK && first < linear->out; first += plan.rows) {
         lp_fused_job job = {};
         size_t row_tiles;
-        unsigned blocks;
 
         job.rows = linear->out - first < plan.rows ? linear->out - first : plan.rows;
         job.columns = linear->in;
@@ -154,21 +182,18 @@ extern "C" lp_status lp_fused_scores(const lp_linear *linear, double *row, doubl
         job.weight_stride = linear->weight_stride;
         job.x_stride = linear->x_stride;
         job.dy_stride = linear->dy_stride;
-        job.samples = linear->samples;
-        job.tokens = linear->tokens;
+        job.samples = second ? linear->samples : 1;
+        job.tokens = second ? linear->tokens : linear->samples * linear->tokens;
+        job.share = 1.0f / (float)linear->samples;
+        job.second = second;
+        job.pairs = (uintptr_t)job.weight % 4 == 0 && job.weight_stride % 2 == 0;
         job.row_parts = (double *)(scratch + plan.row_parts);
         job.column_parts = (double *)(scratch + plan.column_parts);
         job.column_tiles = (unsigned)lp_ceil_div(job.columns, LP_FUSED_TILE);
         row_tiles = lp_ceil_div(job.rows, LP_FUSED_TILE);
-        blocks = (unsigned)(row_tiles * job.column_tiles);
-        if (lp_cuda_context_of(exec)->warpgroups)
-            lp_hopper_launch(job, linear->dtype, blocks, stream);
-        else if (linear->dtype == LP_BF16)
-            LP_LAUNCH(fused_scores<LP_BF16>, blocks, LP_FUSED_THREADS, SHARED_BYTES, stream, job);
-        else
-            LP_LAUNCH(fused_scores<LP_F16>, blocks, LP_FUSED_THREADS, SHARED_BYTES, stream, job);
+        status = launch(job, linear->dtype, row_tiles, exec, err);
         lp_add_parts(row + first, job.row_parts, job.rows, job.column_tiles, job.rows, stream);
         lp_add_parts(col, job.column_parts, job.columns, row_tiles, job.columns, stream);
     }
-    return *done ? lp_cuda_launched(err, "scoring a linear layer") : LP_OK;
+    return *done && status == LP_OK ? lp_cuda_launched(err, "scoring a linear layer") : status;
 }

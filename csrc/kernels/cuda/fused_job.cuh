@@ -11,13 +11,16 @@ extern "C" {
 #include "kernels/cuda/plan.h"
 }
 
-/* One strip of the weight; block b scores the tile of 128 x 128 in row b / column_tiles, column b % column_tiles. */
+/* One strip of the weight, scored in tiles of 128 x 128. */
 struct lp_fused_job {
     const void *weight;
     const uint16_t *x, *dy;
     size_t rows, columns; /* of the strip; dy begins at its first row */
     size_t weight_stride, x_stride, dy_stride;
     size_t samples, tokens;
+    float share; /* 1 / samples; of first order, whose tokens are one sample's, 1 / what they were */
+    bool second; /* order */
+    bool pairs;  /* two elements of the weight side by side can be read at once */
     double *row_parts, *column_parts; /* (column tiles, rows), (row tiles, columns) */
     unsigned column_tiles;
 };
@@ -70,39 +73,93 @@ static __device__ __forceinline__ void lp_fused_gather(const float (&sums)[m_til
             }
 }
 
-/* Multiply the tile's g and s with the weight, and add its rows and columns up.  A warp has the products of 16 x 8 from
- * (warp_row, warp_column) on; `row_slots` warps share a row and `column_slots` a column, this one is number row_slot and
- * column_slot of them.  shared: (row_slots + column_slots) x 128 float64. */
+/* Two elements of the weight side by side, the first in the low half; zeros beyond its edges. */
+static __device__ __forceinline__ uint32_t lp_fused_pair(const lp_fused_job &job, size_t row, size_t column)
+{
+    const uint16_t *at = (const uint16_t *)job.weight + row * job.weight_stride + column;
+
+    if (row >= job.rows || column >= job.columns)
+        return 0;
+    if (column + 1 >= job.columns)
+        return at[0];
+    return job.pairs ? *(const uint32_t *)at : (uint32_t)at[0] | (uint32_t)at[1] << 16;
+}
+
+/* A warp has a tile's part of the weight brought to where reading it will not take long. */
+static __device__ __forceinline__ void lp_fused_prefetch(const lp_fused_job &job, size_t row0, size_t column0)
+{
+    const unsigned lane = threadIdx.x % 32;
+
+    for (unsigned line = lane; line < 2 * LP_FUSED_TILE; line += 32) { /* of 128 bytes */
+        size_t row = row0 + line / 2, column = column0 + line % 2 * 64;
+
+        if (row < job.rows && column < job.columns)
+            lp_prefetch((const uint16_t *)job.weight + row * job.weight_stride + column);
+    }
+}
+
+template <lp_dtype dtype>
+static __device__ __forceinline__ double lp_fused_element(const lp_fused_job &job, float g, float s,
+                                                          uint16_t bits)
+{
+    const float w = lp_element_of<dtype>::of(bits), first = g * job.share * w;
+
+    return (double)fabsf(job.second ? first - 0.5f * w * (s * job.share) * w : first);
+}
+
+/* Multiply the g and s of the tile from (row0, column0) on with the weight, and add its rows and columns up.  256 threads call
+ * it: a warp has the products of 16 x 8 from (warp_row, warp_column) on; `row_slots` warps share a row and `column_slots` a
+ * column, this one is number row_slot and column_slot of them.  shared: (row_slots + column_slots) x 128 float64, which
+ * nobody else uses until all are back. */
 template <lp_dtype dtype, unsigned row_slots, unsigned column_slots, unsigned m_tiles, unsigned n_tiles>
 static __device__ __forceinline__ void
 lp_fused_finish(const lp_fused_job &job, const float (&g)[m_tiles][n_tiles][4],
-                const float (&s)[m_tiles][n_tiles][4], unsigned warp_row, unsigned warp_column,
-                unsigned row_slot, unsigned column_slot, unsigned char *shared)
+                const float (&s)[m_tiles][n_tiles][4], size_t row0, size_t column0, unsigned warp_row,
+                unsigned warp_column, unsigned row_slot, unsigned column_slot, unsigned char *shared)
 {
     double (*rows)[LP_FUSED_TILE] = (double (*)[LP_FUSED_TILE])shared;
     double (*columns)[LP_FUSED_TILE] = rows + row_slots;
-    const unsigned row_tile = blockIdx.x / job.column_tiles, column_tile = blockIdx.x % job.column_tiles;
-    const size_t row0 = (size_t)row_tile * LP_FUSED_TILE, column0 = (size_t)column_tile * LP_FUSED_TILE;
-    const unsigned lane = threadIdx.x % 32;
-    const float share = 1.0f / (float)job.samples;
-    double row_sums[m_tiles][2] = {}, column_sums[n_tiles][2] = {};
+    const unsigned lane = threadIdx.x % 32, i = threadIdx.x % LP_FUSED_TILE;
+    const size_t row_tile = row0 / LP_FUSED_TILE, column_tile = column0 / LP_FUSED_TILE;
+    double row_sums[m_tiles][2] = {}, sum = 0;
 
 #pragma unroll
-    for (unsigned m = 0; m < m_tiles; m++) {
-#pragma unroll
-        for (unsigned n = 0; n < n_tiles; n++) {
-#pragma unroll
-            for (unsigned r = 0; r < 4; r++) {
-                size_t row = row0 + warp_row + m * 16 + lp_fused_sum_row(lane, r);
-                size_t column = column0 + warp_column + n * 8 + lp_fused_sum_column(lane, r);
-                float w, e;
+    for (unsigned first = 0; first < n_tiles; first += n_tiles / 2) {
+        uint32_t weight[m_tiles][n_tiles / 2][2];
 
-                if (row >= job.rows || column >= job.columns)
-                    continue;
-                w = lp_element_of<dtype>::load(job.weight, row * job.weight_stride + column);
-                e = fabsf(g[m][n][r] * share * w - 0.5f * w * (s[m][n][r] * share) * w);
-                row_sums[m][r / 2] += (double)e;
-                column_sums[n][r % 2] += (double)e;
+        /* Half of the reads before their first use, so that they are under way together. */
+#pragma unroll
+        for (unsigned m = 0; m < m_tiles; m++)
+#pragma unroll
+            for (unsigned n = 0; n < n_tiles / 2; n++)
+#pragma unroll
+                for (unsigned half = 0; half < 2; half++)
+                    weight[m][n][half] =
+                        lp_fused_pair(job, row0 + warp_row + m * 16 + lp_fused_sum_row(lane, half * 2),
+                                      column0 + warp_column + (first + n) * 8 + lp_fused_sum_column(lane, 0));
+#pragma unroll
+        for (unsigned n = 0; n < n_tiles / 2; n++) {
+            double column_sums[2] = {};
+
+#pragma unroll
+            for (unsigned m = 0; m < m_tiles; m++) {
+#pragma unroll
+                for (unsigned r = 0; r < 4; r++) {
+                    uint16_t bits = (uint16_t)(weight[m][n][r / 2] >> r % 2 * 16);
+                    double e = lp_fused_element<dtype>(job, g[m][first + n][r], s[m][first + n][r], bits);
+
+                    row_sums[m][r / 2] += e;
+                    column_sums[r % 2] += e;
+                }
+            }
+#pragma unroll
+            for (unsigned r = 0; r < 2; r++) {
+                column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 4);
+                column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 8);
+                column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 16);
+                if (lane / 4 == 0)
+                    columns[column_slot][warp_column + (first + n) * 8 + lp_fused_sum_column(lane, r)] =
+                        column_sums[r];
             }
         }
     }
@@ -110,52 +167,36 @@ lp_fused_finish(const lp_fused_job &job, const float (&g)[m_tiles][n_tiles][4],
     for (unsigned m = 0; m < m_tiles; m++) {
 #pragma unroll
         for (unsigned half = 0; half < 2; half++) {
-            double sum = row_sums[m][half];
+            double in_row = row_sums[m][half];
 
-            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            in_row += __shfl_xor_sync(0xffffffffu, in_row, 1);
+            in_row += __shfl_xor_sync(0xffffffffu, in_row, 2);
             if (lane % 4 == 0)
-                rows[row_slot][warp_row + m * 16 + lp_fused_sum_row(lane, half * 2)] = sum;
+                rows[row_slot][warp_row + m * 16 + lp_fused_sum_row(lane, half * 2)] = in_row;
         }
     }
-#pragma unroll
-    for (unsigned n = 0; n < n_tiles; n++) {
-#pragma unroll
-        for (unsigned half = 0; half < 2; half++) {
-            double sum = column_sums[n][half];
-
-            sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 8);
-            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
-            if (lane / 4 == 0)
-                columns[column_slot][warp_column + n * 8 + lp_fused_sum_column(lane, half)] = sum;
-        }
-    }
-    __syncthreads();
+    lp_sync_workers();
     if (threadIdx.x < LP_FUSED_TILE) {
-        unsigned i = threadIdx.x;
-        double sum = 0;
-
 #pragma unroll
         for (unsigned slot = 0; slot < row_slots; slot++)
             sum += rows[slot][i];
-        if (row0 + i < job.rows)
+        if (row0 + i < job.rows && column0 < job.columns)
             job.row_parts[column_tile * job.rows + row0 + i] = sum;
     } else {
-        unsigned i = threadIdx.x - LP_FUSED_TILE;
-        double sum = 0;
-
 #pragma unroll
         for (unsigned slot = 0; slot < column_slots; slot++)
             sum += columns[slot][i];
-        if (column0 + i < job.columns)
+        if (column0 + i < job.columns && row0 < job.rows)
             job.column_parts[row_tile * job.columns + column0 + i] = sum;
     }
+    lp_sync_workers();
 }
 
-/* hopper.cu: the same scores by the tensor cores of compute capability 9.0; whether this build has that kernel. */
-bool lp_hopper_built(void);
-cudaError_t lp_hopper_prepare(void);
-void lp_hopper_launch(const lp_fused_job &job, lp_dtype dtype, unsigned blocks, cudaStream_t stream);
+/* hopper.cu: the scores of first and second order by the tensor cores of compute capability 9.0.  Prepared, the context says how
+ * many clusters run at once; none where device, driver or build have not what it takes.  Launching is false for operands that
+ * no tensor map describes, and fused.cu has to do it. */
+cudaError_t lp_hopper_prepare(lp_cuda_context *context);
+bool lp_hopper_launch(const lp_fused_job &job, lp_dtype dtype, const lp_cuda_context *context,
+                      cudaStream_t stream, cudaError_t *error);
 
 #endif

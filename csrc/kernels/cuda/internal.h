@@ -14,7 +14,8 @@ struct lp_cuda_context {
     int device;
     int major, minor; /* compute capability */
     int processors;   /* multiprocessors */
-    bool warpgroups;  /* second order by hopper.cu */
+    int clusters;     /* of hopper.cu's that run at once; 0: it cannot, or is not to */
+    void *encode;     /* the driver's way to describe a tensor to it */
     void *blas;       /* gemm.cu's */
     lp_allocator allocator;
 };
@@ -59,15 +60,11 @@ typedef struct {
 } lp_gemm;
 lp_status lp_gemm_run(void *blas, const lp_gemm *gemm, cudaStream_t stream, lp_error *err);
 
-/* fused.cu: whether the device runs the fused kernel, and one strip of rows through it; see plan.h. */
-bool lp_fused_supported(const lp_cuda_context *context);
-lp_status lp_fused_prepare(const lp_cuda_context *context, lp_error *err);
+/* fused.cu: whether it scores a layer on the device, and one strip of rows through it; see plan.h. */
+bool lp_fused_takes(const lp_cuda_context *context, const lp_linear *linear);
+lp_status lp_fused_prepare(lp_cuda_context *context, lp_error *err);
 lp_status lp_fused_scores(const lp_linear *linear, double *row, double *col, const lp_exec *exec, bool *done,
                           lp_error *err);
-
-/* probation.cu: let hopper.cu do its work on this device, if the user asked for that and its sums are those of fused.cu.
- * LP_ERR_DEVICE: they are not, or LLMPRUNE_CUDA_WGMMA is no answer. */
-lp_status lp_hopper_admit(lp_cuda_context *context, lp_error *err);
 
 /* linear.cu: sums[i] += the sum over parts p of parts[p * stride + i], i < count, in the order of p. */
 void lp_add_parts(double *sums, const double *parts, size_t count, size_t part_count, size_t stride,

@@ -26,65 +26,112 @@ struct tile_job {
     double *column_parts; /* (gridDim.y, columns) */
 };
 
-/* Sum element `at` of the tile over the group's samples, and over the groups before it. */
-template <typename real>
-__device__ __forceinline__ void gather_samples(const tile_job &job, size_t at, real *g, real *s)
+/* EACH values side by side, of which `inside` are there and the others zeros; at once where they lie so that they can be. */
+template <typename stored> struct alignas(EACH * sizeof(stored)) quad {
+    stored value[EACH];
+};
+template <typename stored>
+__device__ __forceinline__ quad<stored> read_quad(const stored *at, unsigned inside, bool together)
 {
-    const real *gradient = (const real *)job.gradients + at;
-    size_t size = job.rows * job.columns;
-    real mean = 0, square = 0;
+    quad<stored> found = {};
 
-    if (!job.first) {
-        mean = ((const real *)job.mean)[at];
-        square = ((const real *)job.square)[at];
-    }
-    for (size_t j = 0; j < job.group; j++) {
-        real value = gradient[j * size];
-
-        mean += value;
-        square += value * value;
-    }
-    *g = mean;
-    *s = square;
+    if (together && inside == EACH)
+        return *(const quad<stored> *)at;
+#pragma unroll
+    for (unsigned k = 0; k < EACH; k++)
+        if (k < inside)
+            found.value[k] = at[k];
+    return found;
 }
 
+/* A thread has EACH columns of every row of its block.  Of AT_ONCE rows everything is read before anything is added up, so that
+ * enough reads are under way. */
 template <lp_dtype dtype> __global__ void __launch_bounds__(THREADS) reduce_tile(tile_job job)
 {
     typedef typename lp_element_of<dtype>::real real;
+    typedef typename lp_element_of<dtype>::stored stored;
+    enum { AT_ONCE = sizeof(real) > 4 ? 2 : 4 };
     __shared__ double row_sums[WARPS][LP_REDUCE_ROWS];
-    const size_t first_row = (size_t)blockIdx.y * LP_REDUCE_ROWS,
-                 first_column = (size_t)blockIdx.x * LP_REDUCE_COLUMNS;
+    const size_t first_row = (size_t)blockIdx.y * LP_REDUCE_ROWS, size = job.rows * job.columns,
+                 column = (size_t)blockIdx.x * LP_REDUCE_COLUMNS + threadIdx.x * EACH;
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const size_t left = column < job.columns ? job.columns - column : 0;
+    const unsigned inside = left < EACH ? (unsigned)left : (unsigned)EACH;
+    const bool together = job.columns % EACH == 0,
+               weight_together =
+                   (uintptr_t)job.weight % sizeof(quad<stored>) == 0 && job.weight_stride % EACH == 0;
     double columns[EACH] = {};
 
-    for (unsigned r = 0; r < LP_REDUCE_ROWS; r++) {
-        size_t row = first_row + r;
-        double sum = 0;
+    for (unsigned r = 0; r < LP_REDUCE_ROWS && first_row + r < job.rows; r += AT_ONCE) {
+        real g[AT_ONCE][EACH], s[AT_ONCE][EACH];
+        quad<stored> w[AT_ONCE];
+        unsigned there[AT_ONCE];
+        size_t at[AT_ONCE];
 
-        if (row >= job.rows)
-            break; /* the same for the whole block */
 #pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            size_t column = first_column + (size_t)k * THREADS + threadIdx.x;
-            real g, s, e, w;
+        for (unsigned i = 0; i < AT_ONCE; i++) {
+            quad<real> mean = {}, square = {};
+            size_t row = first_row + r + i;
 
-            if (column >= job.columns)
-                continue;
-            gather_samples<real>(job, row * job.columns + column, &g, &s);
-            if (!job.last) {
-                ((real *)job.mean)[row * job.columns + column] = g;
-                ((real *)job.square)[row * job.columns + column] = s;
-                continue;
+            there[i] = row < job.rows ? inside : 0;
+            at[i] = row * job.columns + column;
+            if (!job.first) {
+                mean = read_quad((const real *)job.mean + at[i], there[i], together);
+                square = read_quad((const real *)job.square + at[i], there[i], together);
             }
-            w = lp_element_of<dtype>::load(job.weight, row * job.weight_stride + column);
-            g *= (real)job.share;
-            e = job.second ? g * w - (real)0.5 * w * (s * (real)job.share) * w : g * w;
-            sum += (double)lp_abs(e);
-            columns[k] += (double)lp_abs(e);
+            if (job.last)
+                w[i] = read_quad((const stored *)job.weight + row * job.weight_stride + column, there[i],
+                                 weight_together);
+#pragma unroll
+            for (unsigned k = 0; k < EACH; k++) {
+                g[i][k] = mean.value[k];
+                s[i][k] = square.value[k];
+            }
         }
-        sum = lp_warp_sum(sum);
-        if (lane == 0)
-            row_sums[warp][r] = sum;
+        for (size_t j = 0; j < job.group; j++) {
+            quad<real> gradient[AT_ONCE];
+
+#pragma unroll
+            for (unsigned i = 0; i < AT_ONCE; i++)
+                gradient[i] = read_quad((const real *)job.gradients + j * size + at[i], there[i], together);
+#pragma unroll
+            for (unsigned i = 0; i < AT_ONCE; i++)
+#pragma unroll
+                for (unsigned k = 0; k < EACH; k++) {
+                    real value = gradient[i].value[k];
+
+                    g[i][k] += value;
+                    s[i][k] += value * value;
+                }
+        }
+        if (!job.last) {
+#pragma unroll
+            for (unsigned i = 0; i < AT_ONCE; i++)
+#pragma unroll
+                for (unsigned k = 0; k < EACH; k++)
+                    if (k < there[i]) {
+                        ((real *)job.mean)[at[i] + k] = g[i][k];
+                        ((real *)job.square)[at[i] + k] = s[i][k];
+                    }
+            continue;
+        }
+#pragma unroll
+        for (unsigned i = 0; i < AT_ONCE; i++) {
+            double sum = 0;
+
+#pragma unroll
+            for (unsigned k = 0; k < EACH; k++) {
+                real weight = lp_element_of<dtype>::of(w[i].value[k]), mean = g[i][k] * (real)job.share, e;
+
+                e = job.second ? mean * weight - (real)0.5 * weight * (s[i][k] * (real)job.share) * weight
+                               : mean * weight;
+                sum += (double)lp_abs(e);
+                columns[k] += (double)lp_abs(e);
+            }
+            sum = lp_warp_sum(sum);
+            if (lane == 0)
+                row_sums[warp][r + i] = sum;
+        }
     }
     if (!job.last)
         return;
@@ -97,12 +144,9 @@ template <lp_dtype dtype> __global__ void __launch_bounds__(THREADS) reduce_tile
         job.row_parts[(size_t)blockIdx.x * job.rows + first_row + threadIdx.x] = sum;
     }
 #pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        size_t column = first_column + (size_t)k * THREADS + threadIdx.x;
-
-        if (column < job.columns)
-            job.column_parts[(size_t)blockIdx.y * job.columns + column] = columns[k];
-    }
+    for (unsigned k = 0; k < EACH; k++)
+        if (k < inside)
+            job.column_parts[(size_t)blockIdx.y * job.columns + column + k] = columns[k];
 }
 
 __global__ void add_parts(double *sums, const double *parts, size_t count, size_t part_count, size_t stride)
@@ -201,7 +245,7 @@ lp_status score(const lp_linear *l, double *row, double *col, const lp_exec *exe
     bool done = false;
     lp_status status;
 
-    if (l->order == 2 && lp_fused_supported(lp_cuda_context_of(exec)) && lp_fused_fits(l)) {
+    if (lp_fused_takes(lp_cuda_context_of(exec), l)) {
         status = lp_fused_scores(l, row, col, exec, &done, err);
         if (status != LP_OK || done)
             return status;
