@@ -119,7 +119,7 @@ struct block_state {
     std::vector<warp_state> warps;
     std::vector<warpgroup_state> warpgroups;
     std::vector<unsigned char> memory;
-    meeting_point all, workers;
+    meeting_point all, workers, turns[2];
 };
 
 struct fiber {
@@ -275,17 +275,22 @@ warp_state &meet(const lane_input &input)
     return warp;
 }
 
-/* Wait until `count` threads have come. */
+/* Come to where `count` threads do. */
+void come_to(meeting_point &point, unsigned count)
+{
+    if (++point.arrived < count)
+        return;
+    point.arrived = 0;
+    ++point.generation;
+    ++progress;
+}
+
+/* Come, and wait for the others. */
 void meet_at(meeting_point &point, unsigned count)
 {
     uint64_t generation = point.generation;
 
-    if (++point.arrived == count) {
-        point.arrived = 0;
-        ++point.generation;
-        ++progress;
-        return;
-    }
+    come_to(point, count);
     while (point.generation == generation)
         yield();
 }
@@ -367,7 +372,7 @@ void begin_block(block_state &block, unsigned rank, unsigned threads, size_t sha
     block.warps.assign(threads / 32, warp_state());
     block.warpgroups.assign(threads / 128, warpgroup_state());
     block.memory.assign(shared + 1024, 0xff);
-    block.all = block.workers = meeting_point();
+    block.all = block.workers = block.turns[0] = block.turns[1] = meeting_point();
     for (unsigned t = 0; t < threads; t++) {
         fiber &f = fibers[rank * threads + t];
 
@@ -409,6 +414,9 @@ void run_cluster(unsigned threads, size_t shared)
     }
     if (!boxes.empty())
         give_up("a cluster ended with copies under way");
+    for (const block_state &block : blocks_running)
+        if (block.turns[0].arrived > 0 || block.turns[1].arrived > 0)
+            give_up("a block ended with a turn that nobody took");
     for (const block_state &block : blocks_running)
         for (const warpgroup_state &group : block.warpgroups)
             if (group.groups.size() > 1 || !group.groups[0].empty())
@@ -543,6 +551,16 @@ void lp_sync_workers()
     if (threadIdx.x >= 256)
         give_up("a thread that is no worker meets them");
     meet_at(current->block->workers, 256);
+}
+
+void lp_turn_wait(unsigned warpgroup)
+{
+    meet_at(current->block->turns[warpgroup], 256);
+}
+
+void lp_turn_give(unsigned warpgroup)
+{
+    come_to(current->block->turns[warpgroup], 256);
 }
 
 double simt_shuffle_xor(double value, unsigned step)

@@ -237,6 +237,16 @@ static __device__ __forceinline__ void lp_tensor_copy(unsigned char *to, const l
         : "memory");
 }
 
+/* Two warpgroups take turns: one waits for its own, the other gives it. */
+static __device__ __forceinline__ void lp_turn_wait(unsigned warpgroup)
+{
+    asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
+}
+static __device__ __forceinline__ void lp_turn_give(unsigned warpgroup)
+{
+    asm volatile("bar.arrive %0, 256;" ::"r"(2 + warpgroup) : "memory");
+}
+
 /* A warpgroup gives registers up, or takes what others gave. */
 template <int count> static __device__ __forceinline__ void lp_registers_fewer()
 {

@@ -72,6 +72,14 @@ LP_HD unsigned lp_fused_sum_column(unsigned lane, unsigned r)
     return lane % 4 * 2 + r % 2;
 }
 
+/* How many of a tile's 128 rows or columns from `first` on are below `limit`. */
+LP_HD unsigned lp_fused_within(size_t first, size_t limit)
+{
+    if (first >= limit)
+        return 0;
+    return limit - first < 128 ? (unsigned)(limit - first) : 128u;
+}
+
 /* Bytes of a vector of 8 features from `feature` on that lie below `limit`. */
 LP_HD unsigned lp_fused_valid(size_t feature, size_t limit)
 {

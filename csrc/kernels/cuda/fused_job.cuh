@@ -73,16 +73,41 @@ static __device__ __forceinline__ void lp_fused_gather(const float (&sums)[m_til
             }
 }
 
-/* Two elements of the weight side by side, the first in the low half; zeros beyond its edges. */
-static __device__ __forceinline__ uint32_t lp_fused_pair(const lp_fused_job &job, size_t row, size_t column)
+/* A thread's part of a tile's weight: of each 16 x 8 two pairs of elements side by side, the first in the low half; anything
+ * beyond the weight's edges.  No read waits for another, nor for a branch. */
+template <unsigned m_tiles, unsigned n_tiles>
+static __device__ __forceinline__ void lp_fused_weight(const lp_fused_job &job, size_t row0, size_t column0,
+                                                       uint32_t (&pairs)[m_tiles][n_tiles][2])
 {
-    const uint16_t *at = (const uint16_t *)job.weight + row * job.weight_stride + column;
+    const unsigned lane = threadIdx.x % 32;
+    const uint16_t *const weight = (const uint16_t *)job.weight;
+    const bool whole = job.pairs && row0 + m_tiles * 16 <= job.rows && column0 + n_tiles * 8 <= job.columns;
 
-    if (row >= job.rows || column >= job.columns)
-        return 0;
-    if (column + 1 >= job.columns)
-        return at[0];
-    return job.pairs ? *(const uint32_t *)at : (uint32_t)at[0] | (uint32_t)at[1] << 16;
+#pragma unroll
+    for (unsigned m = 0; m < m_tiles; m++)
+#pragma unroll
+        for (unsigned half = 0; half < 2; half++) {
+            size_t row = row0 + m * 16 + lp_fused_sum_row(lane, half * 2),
+                   column = column0 + lp_fused_sum_column(lane, 0);
+
+            if (whole) {
+                const uint16_t *at = weight + row * job.weight_stride + column;
+
+#pragma unroll
+                for (unsigned n = 0; n < n_tiles; n++)
+                    pairs[m][n][half] = *(const uint32_t *)(at + n * 8);
+            } else {
+                const uint16_t *at = weight + (row < job.rows ? row : job.rows - 1) * job.weight_stride;
+
+#pragma unroll
+                for (unsigned n = 0; n < n_tiles; n++) {
+                    size_t first = column + n * 8, last = job.columns - 1;
+
+                    pairs[m][n][half] = (uint32_t)at[first < last ? first : last] |
+                                        (uint32_t)at[first + 1 < last ? first + 1 : last] << 16;
+                }
+            }
+        }
 }
 
 /* A warp has a tile's part of the weight brought to where reading it will not take long. */
@@ -99,68 +124,71 @@ static __device__ __forceinline__ void lp_fused_prefetch(const lp_fused_job &job
 }
 
 template <lp_dtype dtype>
-static __device__ __forceinline__ double lp_fused_element(const lp_fused_job &job, float g, float s,
-                                                          uint16_t bits)
+static __device__ __forceinline__ float lp_fused_element(const lp_fused_job &job, float g, float s,
+                                                         uint16_t bits)
 {
     const float w = lp_element_of<dtype>::of(bits), first = g * job.share * w;
 
-    return (double)fabsf(job.second ? first - 0.5f * w * (s * job.share) * w : first);
+    return fabsf(job.second ? first - 0.5f * w * (s * job.share) * w : first);
 }
 
-/* Multiply the g and s of the tile from (row0, column0) on with the weight, and add its rows and columns up.  256 threads call
- * it: a warp has the products of 16 x 8 from (warp_row, warp_column) on; `row_slots` warps share a row and `column_slots` a
- * column, this one is number row_slot and column_slot of them.  shared: (row_slots + column_slots) x 128 float64, which
- * nobody else uses until all are back. */
+/* Multiply the g and s of the tile from (row0, column0) on with the weight, and add its rows and columns up: 16 elements in
+ * float32, which is what they come in, the rest in float64, all in a fixed order.  256 threads call it: a warp has the products
+ * of 16 x 8 from (warp_row, warp_column) on; `row_slots` warps share a row and `column_slots` a column, this one is number
+ * row_slot and column_slot of them.  shared: (row_slots + column_slots) x 128 float64, which nobody else uses until all are
+ * back. */
 template <lp_dtype dtype, unsigned row_slots, unsigned column_slots, unsigned m_tiles, unsigned n_tiles>
 static __device__ __forceinline__ void
 lp_fused_finish(const lp_fused_job &job, const float (&g)[m_tiles][n_tiles][4],
                 const float (&s)[m_tiles][n_tiles][4], size_t row0, size_t column0, unsigned warp_row,
                 unsigned warp_column, unsigned row_slot, unsigned column_slot, unsigned char *shared)
 {
+    enum { HALF = n_tiles / 2 };
     double (*rows)[LP_FUSED_TILE] = (double (*)[LP_FUSED_TILE])shared;
     double (*columns)[LP_FUSED_TILE] = rows + row_slots;
     const unsigned lane = threadIdx.x % 32, i = threadIdx.x % LP_FUSED_TILE;
     const size_t row_tile = row0 / LP_FUSED_TILE, column_tile = column0 / LP_FUSED_TILE;
+    const unsigned rows_in = lp_fused_within(row0, job.rows),
+                   columns_in = lp_fused_within(column0, job.columns);
     double row_sums[m_tiles][2] = {}, sum = 0;
+    float few[m_tiles][2] = {}; /* the row sums of 8 elements */
+    uint32_t weight[m_tiles][HALF][2];
 
 #pragma unroll
-    for (unsigned first = 0; first < n_tiles; first += n_tiles / 2) {
-        uint32_t weight[m_tiles][n_tiles / 2][2];
+    for (unsigned n = 0; n < n_tiles; n++) {
+        float column_sums[2] = {};
 
-        /* Half of the reads before their first use, so that they are under way together. */
-#pragma unroll
-        for (unsigned m = 0; m < m_tiles; m++)
-#pragma unroll
-            for (unsigned n = 0; n < n_tiles / 2; n++)
-#pragma unroll
-                for (unsigned half = 0; half < 2; half++)
-                    weight[m][n][half] =
-                        lp_fused_pair(job, row0 + warp_row + m * 16 + lp_fused_sum_row(lane, half * 2),
-                                      column0 + warp_column + (first + n) * 8 + lp_fused_sum_column(lane, 0));
-#pragma unroll
-        for (unsigned n = 0; n < n_tiles / 2; n++) {
-            double column_sums[2] = {};
+        if (n % HALF == 0) /* more would not fit the registers */
+            lp_fused_weight(job, row0 + warp_row, column0 + warp_column + n * 8, weight);
 
 #pragma unroll
-            for (unsigned m = 0; m < m_tiles; m++) {
+        for (unsigned m = 0; m < m_tiles; m++) {
 #pragma unroll
-                for (unsigned r = 0; r < 4; r++) {
-                    uint16_t bits = (uint16_t)(weight[m][n][r / 2] >> r % 2 * 16);
-                    double e = lp_fused_element<dtype>(job, g[m][first + n][r], s[m][first + n][r], bits);
+            for (unsigned r = 0; r < 4; r++) {
+                uint16_t bits = (uint16_t)(weight[m][n % HALF][r / 2] >> r % 2 * 16);
+                bool inside = warp_row + m * 16 + lp_fused_sum_row(lane, r) < rows_in &&
+                              warp_column + n * 8 + lp_fused_sum_column(lane, r) < columns_in;
+                float e = inside ? lp_fused_element<dtype>(job, g[m][n][r], s[m][n][r], bits) : 0.0f;
 
-                    row_sums[m][r / 2] += e;
-                    column_sums[r % 2] += e;
+                few[m][r / 2] += e;
+                column_sums[r % 2] += e;
+            }
+            if (n % 4 == 3) {
+#pragma unroll
+                for (unsigned half = 0; half < 2; half++) {
+                    row_sums[m][half] += (double)few[m][half];
+                    few[m][half] = 0.0f;
                 }
             }
+        }
 #pragma unroll
-            for (unsigned r = 0; r < 2; r++) {
-                column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 4);
-                column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 8);
-                column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 16);
-                if (lane / 4 == 0)
-                    columns[column_slot][warp_column + (first + n) * 8 + lp_fused_sum_column(lane, r)] =
-                        column_sums[r];
-            }
+        for (unsigned r = 0; r < 2; r++) {
+            column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 4);
+            column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 8);
+            column_sums[r] += __shfl_xor_sync(0xffffffffu, column_sums[r], 16);
+            if (lane / 4 == 0)
+                columns[column_slot][warp_column + n * 8 + lp_fused_sum_column(lane, r)] =
+                    (double)column_sums[r];
         }
     }
 #pragma unroll

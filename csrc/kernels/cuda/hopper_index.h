@@ -15,6 +15,8 @@ enum {
     LP_HOPPER_CLUSTER = 4, /* blocks: 2 x 2 */
     LP_HOPPER_TOKENS = 64, /* of a pipeline stage */
     LP_HOPPER_STAGES = 6,
+    LP_HOPPER_TURN =
+        2, /* most stages of a warpgroup's turn; the other needs those before, and the next are copied */
     LP_HOPPER_PANEL_FEATURES = 64,
     LP_HOPPER_ROW = 128, /* bytes of 64 features of one token */
     LP_HOPPER_PANEL = LP_HOPPER_TOKENS * LP_HOPPER_ROW,
