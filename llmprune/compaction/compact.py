@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by element size: compaction moves bits, so every dtype travels as one that DLPack knows."""
 
+_RETURNED = 1 << 20
+"""Bytes of a tensor from which on its old memory is returned to the driver by itself."""
+
 # Sizes that torch.nn's own modules keep beside their parameters: attribute -> dimension of ``weight``. Nothing computes
 # with them, but code that inspects a model (and its printed form) reads them.
 _BUILTIN_SIZES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
@@ -88,7 +91,7 @@ def compact(
 
     On a CUDA device all matrices are compacted inside their own memory at once, and each becomes the front of it: what
     else views that memory (a state dict taken before) holds nothing of use afterwards, and the memory stays taken. With
-    ``release`` they are copied one at a time and the old memory goes back to the device, for one matrix of extra peak.
+    ``release`` they are copied one at a time and the old memory goes back to the driver, for one matrix of extra peak.
 
     Args:
         model: the model the plan was made for.
@@ -127,6 +130,8 @@ def compact(
     kept = {cut.name: cut.kept for cut in cuts}
     done = old.compose(kept, attributes, step, left, follow.config, follow.attributes, dropped)
     on_device = [] if release else _movable(cuts)
+    if release:
+        cuts.sort(key=lambda cut: cut.tensor.data_ptr(), reverse=True)  # so that what is freed joins
     with deferred_interrupts():
         started = not on_device
         try:
@@ -137,7 +142,10 @@ def compact(
                 cuts = [cut for cut in cuts if id(cut) not in done_here]
             while cuts:
                 # The list is emptied as it is worked off: it would hold the old tensors.
+                size, on_cuda = cuts[-1].tensor.nbytes, cuts[-1].tensor.is_cuda
                 _replace(cuts.pop())
+                if release and on_cuda and size >= _RETURNED:
+                    torch.cuda.empty_cache()  # else the next copy is cut out of it, and none of it is ever whole
             follow.settle()
             set_attributes(model, attributes)
             modeling_llmprune.drop(model, dropped)
@@ -392,10 +400,13 @@ def _builtin_sizes(model: nn.Module, cuts: list[Cut], planned: list[AttributeVal
     """The sizes torch.nn modules keep about a cut weight, unless the plan sets them itself."""
     taken = {(a.module, a.name) for a in planned}
     out = []
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if weight is not None:
+            owners.setdefault(id(weight), []).append((name, module))
     for cut in cuts:
-        for other, module in model.named_modules(remove_duplicate=False):
-            if getattr(module, "weight", None) is not cut.tensor:
-                continue
+        for other, module in owners.get(id(cut.tensor), ()):
             for kind, sizes in _BUILTIN_SIZES:
                 for name, dim in sizes.items() if isinstance(module, kind) else ():
                     if dim in cut.kept and (other, name) not in taken:

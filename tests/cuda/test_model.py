@@ -73,14 +73,14 @@ def test_a_compacted_model_equals_the_cpus(model: torch.nn.Module, release: bool
 
 
 def test_release_gives_memory_back_for_one_matrix_of_peak() -> None:
-    layers = [torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)]
+    layers = [torch.nn.Linear(4096, 4096, bias=False) for _ in range(12)]
     model = torch.nn.Sequential(*layers).cuda()
-    graph = llmprune.trace(model, {"input": torch.randn(2, 2048, device="cuda")})
+    graph = llmprune.trace(model, {"input": torch.randn(2, 4096, device="cuda")})
     scores = llmprune.score(model, graph, importance="l2", quiet=True)
     plan = llmprune.plan(
         graph, scores, ratio=0.3, kinds=sorted({axis.kind for axis in graph.axes if axis.prunable})
     )
-    matrix = 2048 * 2048 * 4
+    matrix = 4096 * 4096 * 4
     torch.cuda.empty_cache()
     before, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     torch.cuda.reset_peak_memory_stats()
@@ -255,8 +255,8 @@ def test_release_gives_memory_back_with_expandable_segments_and_without(segments
     run = alone(
         """
 import torch, llmprune
-model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12))).cuda()
-graph = llmprune.trace(model, {"input": torch.randn(2, 2048, device="cuda")})
+model = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096, bias=False) for _ in range(12))).cuda()
+graph = llmprune.trace(model, {"input": torch.randn(2, 4096, device="cuda")})
 scores = llmprune.score(model, graph, importance="l2", quiet=True)
 kinds = sorted({axis.kind for axis in graph.axes if axis.prunable})
 plan = llmprune.plan(graph, scores, ratio=0.3, kinds=kinds)
@@ -272,7 +272,7 @@ print(torch.cuda.max_memory_allocated() - before, before - torch.cuda.memory_all
     )
     assert run.returncode == 0, run.stderr
     extra, returned, freed = map(int, run.stdout.split())
-    matrix = 2048 * 2048 * 4
+    matrix = 4096 * 4096 * 4
     assert extra <= matrix + (64 << 20)
     assert returned >= 2 * matrix
     assert freed >= 2 * matrix

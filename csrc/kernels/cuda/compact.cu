@@ -1,4 +1,4 @@
-/* Compaction by waves (waves.h): one launch moves a wave of every tensor of the call.
+/* Compaction by waves (waves.h): one launch moves a wave of every tensor of the call whose words are as wide.
  *
  * Within a launch thread blocks run in no order and need none: what is written is read by nobody in it.  A launch reads
  * either sources at or above everything it writes (waves that move directly), or writes only to the stage, or reads only the
@@ -15,11 +15,13 @@ extern "C" {
 
 enum {
     THREADS = 256,
-    TILE_ROWS = 8, /* of a block, where rows are long: */
-    TILE_EACH = 4, /* a thread has this many columns in each of them, and reads their positions once */
+    BLOCKS_MIN = 3, /* at a time on a multiprocessor, which bounds the registers */
+    TILE_ROWS = 32, /* of a block, where rows are long and cut: */
+    TILE_EACH = 4,  /* a thread has this many columns in each of them, and reads their positions once */
     TILE_COLUMNS = THREADS * TILE_EACH,
     LINE_EACH = 16, /* words of a thread, where rows are short or words adjacent */
     LINE_WORDS = THREADS * LINE_EACH,
+    HINT = 16,       /* blocks that share a hint to their segment */
     STAGE_MIN = 1024 /* bytes of stage that a tensor should have at least */
 };
 
@@ -71,141 +73,144 @@ __device__ __forceinline__ uint64_t row_source(const move_tensor &tensor, uint64
     return source;
 }
 
+/* Words a thread reads before it writes any, so that many reads are under way. */
+template <typename word_t> struct at_once {
+    enum { LINE = sizeof(word_t) > 8 ? 4 : 8, ROWS = sizeof(word_t) > 8 ? 1 : sizeof(word_t) > 4 ? 2 : 4 };
+};
+
 template <typename word_t>
-__device__ void move_line(const move_tensor &tensor, const move_segment &segment, uint64_t block)
+__device__ __forceinline__ void move_line(const move_tensor &tensor, const move_segment &segment,
+                                          uint64_t block)
 {
+    enum { AT_ONCE = at_once<word_t>::LINE };
     const uint64_t first = segment.begin + block * LINE_WORDS + threadIdx.x;
     const move_dim &inner = tensor.dim[tensor.ndim - 1];
-    const word_t *source = (const word_t *)(segment.kind == COPY_FROM_STAGE ? tensor.stage : tensor.source);
+    const bool gathers = segment.kind != COPY_FROM_STAGE;
+    const word_t *source = (const word_t *)(gathers ? tensor.source : tensor.stage);
     word_t *target = (word_t *)(segment.kind == GATHER_TO_STAGE ? tensor.stage : tensor.target);
-    const uint64_t back = segment.kind == GATHER_TO_STAGE ? segment.begin : 0;
-    uint64_t row = first / inner.count, column = first % inner.count, begin = 0;
-    bool fresh = true;
+    const uint64_t back = segment.kind == GATHER_TO_STAGE ? segment.begin : 0, width = inner.count;
+    uint64_t row = 0, column = 0, begin = 0;
 
-    for (int i = 0; i < LINE_EACH; i++) {
-        uint64_t p = first + (uint64_t)i * THREADS;
+    if (first >= segment.end)
+        return;
+    if (gathers) {
+        row = first / width;
+        column = first - row * width;
+        begin = row_source(tensor, row);
+    }
+    for (int i = 0; i < LINE_EACH; i += AT_ONCE) {
+        word_t words[AT_ONCE];
 
-        if (p >= segment.end)
-            return;
-        if (segment.kind == COPY_FROM_STAGE) {
-            target[p] = source[p - segment.begin];
-            continue;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            uint64_t p = first + (uint64_t)(i + k) * THREADS;
+
+            if (p >= segment.end)
+                continue;
+            if (!gathers) {
+                words[k] = source[p - segment.begin];
+                continue;
+            }
+            words[k] = source[begin + position_of(inner, column)];
+            column += THREADS;
+            if (column >= width && p + THREADS < segment.end) {
+                if (width >= THREADS) {
+                    column -= width;
+                    ++row;
+                } else {
+                    row += column / width;
+                    column %= width;
+                }
+                begin = row_source(tensor, row);
+            }
         }
-        if (fresh)
-            begin = row_source(tensor, row);
-        target[p - back] = source[begin + position_of(inner, column)];
-        column += THREADS;
-        fresh = column >= inner.count;
-        if (fresh) {
-            row += column / inner.count;
-            column %= inner.count;
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            uint64_t p = first + (uint64_t)(i + k) * THREADS;
+
+            if (p < segment.end)
+                target[p - back] = words[k];
         }
     }
 }
 
 template <typename word_t>
-__device__ void move_tile(const move_tensor &tensor, const move_segment &segment, uint64_t block)
+__device__ __forceinline__ void move_tile(const move_tensor &tensor, const move_segment &segment,
+                                          uint64_t block)
 {
-    enum { AT_ONCE = sizeof(word_t) > 8 ? 2 : sizeof(word_t) > 4 ? 4 : TILE_ROWS };
+    enum { AT_ONCE = at_once<word_t>::ROWS };
     const move_dim &inner = tensor.dim[tensor.ndim - 1];
-    const uint64_t first_row = segment.begin / inner.count + block / segment.column_blocks * TILE_ROWS;
-    const uint64_t first_column = block % segment.column_blocks * TILE_COLUMNS + threadIdx.x;
+    const uint64_t width = inner.count, row_block = block / segment.column_blocks;
+    const uint64_t first_row = segment.begin / width + row_block * TILE_ROWS;
+    const uint64_t first_column = (block - row_block * segment.column_blocks) * TILE_COLUMNS + threadIdx.x;
     const word_t *source = (const word_t *)tensor.source;
     word_t *target = (word_t *)(segment.kind == GATHER_TO_STAGE ? tensor.stage : tensor.target);
     const uint64_t back = segment.kind == GATHER_TO_STAGE ? segment.begin : 0;
-    uint64_t from[TILE_EACH];
+    uint32_t from[TILE_EACH];
 
 #pragma unroll
     for (int k = 0; k < TILE_EACH; k++) {
         uint64_t column = first_column + (uint64_t)k * THREADS;
 
-        from[k] = column < inner.count ? position_of(inner, column) : 0;
+        from[k] = column < width ? inner.position[column] : 0;
     }
-#pragma unroll
-    for (int r = 0; r < TILE_ROWS; r += AT_ONCE) {
+#pragma unroll 1
+    for (int r = 0; r < TILE_ROWS && (first_row + (uint64_t)r) * width < segment.end; r += AT_ONCE) {
         word_t words[AT_ONCE][TILE_EACH];
 
-        /* All reads before the first write, so that many are under way. */
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            uint64_t row = first_row + (uint64_t)(r + i), p = row * inner.count + first_column;
-            uint64_t begin = p - first_column < segment.end ? row_source(tensor, row) : 0;
+            uint64_t row = first_row + (uint64_t)(r + i), p = row * width + first_column;
+            const word_t *begin = source + (p - first_column < segment.end ? row_source(tensor, row) : 0);
 
 #pragma unroll
             for (int k = 0; k < TILE_EACH; k++) {
                 uint64_t column = first_column + (uint64_t)k * THREADS, at = p + (uint64_t)k * THREADS;
 
-                if (column < inner.count && at >= segment.begin && at < segment.end)
-                    words[i][k] = source[begin + from[k]];
+                if (column < width && at >= segment.begin && at < segment.end)
+                    words[i][k] = begin[from[k]];
             }
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            uint64_t row = first_row + (uint64_t)(r + i), p = row * inner.count + first_column;
+            uint64_t row = first_row + (uint64_t)(r + i), p = row * width + first_column;
 
 #pragma unroll
             for (int k = 0; k < TILE_EACH; k++) {
                 uint64_t column = first_column + (uint64_t)k * THREADS, at = p + (uint64_t)k * THREADS;
 
-                if (column < inner.count && at >= segment.begin && at < segment.end)
+                if (column < width && at >= segment.begin && at < segment.end)
                     target[at - back] = words[i][k];
             }
         }
     }
 }
 
+/* Segments of one width of word; hints[b / HINT] is the segment of block b - b % HINT. */
 template <typename word_t>
-__device__ __forceinline__ void move_words(const move_tensor &tensor, const move_segment &segment,
-                                           uint64_t block)
+__global__ void __launch_bounds__(THREADS, BLOCKS_MIN)
+    move(const move_tensor *tensors, const move_segment *segments, const uint32_t *hints, uint32_t count)
 {
+    uint32_t at = hints[blockIdx.x / HINT];
+
+    while (at + 1 < count && segments[at + 1].first_block <= blockIdx.x)
+        ++at;
+    const move_segment segment = segments[at];
+    const move_tensor &tensor = tensors[segment.tensor];
+    uint64_t block = blockIdx.x - segment.first_block;
+
     if (segment.column_blocks == 0)
         move_line<word_t>(tensor, segment, block);
     else
         move_tile<word_t>(tensor, segment, block);
 }
 
-__global__ void __launch_bounds__(THREADS)
-    move(const move_tensor *tensors, const move_segment *segments, uint32_t count)
-{
-    uint32_t low = 0, high = count;
-
-    /* The last segment that begins at or before this block. */
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-
-        if (segments[middle].first_block <= blockIdx.x)
-            low = middle;
-        else
-            high = middle;
-    }
-    const move_segment segment = segments[low];
-    const move_tensor &tensor = tensors[segment.tensor];
-    uint64_t block = blockIdx.x - segment.first_block;
-
-    switch (tensor.word) {
-    case 1:
-        move_words<uint8_t>(tensor, segment, block);
-        break;
-    case 2:
-        move_words<uint16_t>(tensor, segment, block);
-        break;
-    case 4:
-        move_words<uint32_t>(tensor, segment, block);
-        break;
-    case 8:
-        move_words<uint64_t>(tensor, segment, block);
-        break;
-    default:
-        move_words<uint4>(tensor, segment, block);
-        break;
-    }
-}
-
 /* --- the host's side ------------------------------------------------------------------------------------------------ */
 
 struct launch {
     size_t first, count; /* segments */
-    uint32_t blocks;
+    size_t hint;         /* the first */
+    uint32_t blocks, word;
 };
 
 struct array {
@@ -218,7 +223,7 @@ struct moves {
     const lp_exec *exec;
     size_t count;
     lp_wave_layout *layouts;
-    array tensors, positions, segments, launches;
+    array tensors, positions, segments, hints, launches;
     uint64_t *done;                    /* output words of each tensor */
     lp_wave *waves;                    /* of the current step */
     size_t scratch_bytes, stage_bytes; /* all of it; of each tensor, at the scratch's end */
@@ -237,10 +242,11 @@ lp_status add_segment(moves *m, launch *l, uint32_t tensor, const lp_wave *wave,
                       lp_error *err)
 {
     const lp_wave_layout *layout = &m->layouts[tensor];
-    uint64_t row = layout->dim[layout->ndim - 1].count, blocks;
+    const lp_wave_dim *inner = &layout->dim[layout->ndim - 1];
+    uint64_t row = inner->count, blocks;
     move_segment segment = {wave->begin, wave->end, 0, tensor, l->blocks, (uint32_t)kind, 0};
 
-    if (kind != COPY_FROM_STAGE && row >= TILE_COLUMNS) {
+    if (kind != COPY_FROM_STAGE && row >= TILE_COLUMNS && inner->position != NULL) {
         uint64_t rows = (wave->end - 1) / row - wave->begin / row + 1;
 
         segment.column_blocks = (row + TILE_COLUMNS - 1) / TILE_COLUMNS;
@@ -257,11 +263,51 @@ lp_status add_segment(moves *m, launch *l, uint32_t tensor, const lp_wave *wave,
     return push(m, &m->segments, &segment, err);
 }
 
+/* A launch whose segments are there: with its hints, unless it has nothing to do. */
+lp_status add_launch(moves *m, launch *l, lp_error *err)
+{
+    const move_segment *segments = (const move_segment *)m->segments.data + l->first;
+    lp_status status = LP_OK;
+    uint32_t at = 0;
+
+    l->hint = m->hints.count;
+    for (uint32_t block = 0; status == LP_OK && block < l->blocks; block += HINT) {
+        while (at + 1 < l->count && segments[at + 1].first_block <= block)
+            ++at;
+        status = push(m, &m->hints, &at, err);
+    }
+    return status == LP_OK && l->count > 0 ? push(m, &m->launches, l, err) : status;
+}
+
+/* The tensors' waves, either the staged ones to the stage, or all to their places. */
+lp_status add_waves(moves *m, bool to_stage, lp_error *err)
+{
+    lp_status status = LP_OK;
+
+    for (uint32_t word = 16; status == LP_OK && word > 0; word /= 2) {
+        launch l = {m->segments.count, 0, 0, 0, word};
+
+        for (size_t i = 0; i < m->count && status == LP_OK; i++) {
+            const lp_wave *wave = &m->waves[i];
+
+            if (m->layouts[i].word != word || wave->begin == wave->end || (to_stage && !wave->staged))
+                continue;
+            status = add_segment(m, &l, (uint32_t)i, wave,
+                                 to_stage       ? GATHER_TO_STAGE
+                                 : wave->staged ? COPY_FROM_STAGE
+                                                : GATHER,
+                                 err);
+        }
+        if (status == LP_OK)
+            status = add_launch(m, &l, err);
+    }
+    return status;
+}
+
 /* The next step of every tensor that is not in place yet; *any says whether there was one. */
 lp_status add_step(moves *m, bool in_place, bool *any, lp_error *err)
 {
-    launch staged = {m->segments.count, 0, 0}, direct;
-    lp_status status = LP_OK;
+    lp_status status;
 
     *any = false;
     for (size_t i = 0; i < m->count; i++) {
@@ -270,41 +316,31 @@ lp_status add_step(moves *m, bool in_place, bool *any, lp_error *err)
         m->waves[i] = {m->done[i], layout->total, false};
         if (m->done[i] >= layout->total ||
             (in_place && !lp_wave_next(layout, m->done[i], m->stage_bytes / layout->word, &m->waves[i])))
-            continue;
-        *any = true;
-        if (m->waves[i].staged)
-            status = add_segment(m, &staged, (uint32_t)i, &m->waves[i], GATHER_TO_STAGE, err);
-        if (status != LP_OK)
-            return status;
-    }
-    direct = {m->segments.count, 0, 0};
-    for (size_t i = 0; i < m->count && status == LP_OK; i++) {
-        if (m->done[i] >= m->layouts[i].total)
-            continue;
-        status = add_segment(m, &direct, (uint32_t)i, &m->waves[i],
-                             m->waves[i].staged ? COPY_FROM_STAGE : GATHER, err);
+            m->waves[i] = {layout->total, layout->total, false};
+        else
+            *any = true;
         m->done[i] = m->waves[i].end;
     }
-    if (status == LP_OK && staged.count > 0)
-        status = push(m, &m->launches, &staged, err);
-    if (status == LP_OK && direct.count > 0)
-        status = push(m, &m->launches, &direct, err);
-    return status;
+    status = add_waves(m, true, err);
+    return status == LP_OK ? add_waves(m, false, err) : status;
 }
 
 lp_status add_positions(moves *m, const lp_wave_dim *dim, lp_error *err)
 {
-    for (uint64_t k = 0; k < dim->count; k++) {
-        uint32_t position = (uint32_t)dim->position[k];
-        lp_status status;
+    array *all = &m->positions;
+    lp_status status =
+        lp_grow(&m->exec->allocator, &all->data, &all->capacity, all->count + dim->count, all->width, err);
+    uint32_t *to;
 
-        if ((int64_t)position != dim->position[k])
-            return lp_error_set(err, LP_ERR_UNSUPPORTED,
-                                "a dimension of more than 2^32 elements cannot be compacted");
-        status = push(m, &m->positions, &position, err);
-        if (status != LP_OK)
-            return status;
-    }
+    if (status != LP_OK)
+        return status;
+    if (dim->position[dim->count - 1] > (int64_t)UINT32_MAX) /* they rise */
+        return lp_error_set(err, LP_ERR_UNSUPPORTED,
+                            "a dimension of more than 2^32 elements cannot be compacted");
+    to = (uint32_t *)all->data + all->count;
+    for (uint64_t k = 0; k < dim->count; k++)
+        to[k] = (uint32_t)dim->position[k];
+    all->count += dim->count;
     return LP_OK;
 }
 
@@ -342,13 +378,19 @@ size_t aligned(size_t bytes)
     return lp_ceil_div(bytes, LP_ALIGN) * LP_ALIGN;
 }
 
+template <typename word_t>
+void launch_moves(const launch *l, const move_tensor *tensors, const move_segment *segments,
+                  const uint32_t *hints, cudaStream_t stream)
+{
+    LP_LAUNCH(move<word_t>, l->blocks, THREADS, 0, stream, tensors, segments + l->first, hints + l->hint,
+              (uint32_t)l->count);
+}
+
 /* Upload the description to the front of the scratch, and launch. */
 lp_status carry_out(moves *m, lp_error *err)
 {
-    size_t tensor_bytes = aligned(m->tensors.count * m->tensors.width);
-    size_t position_bytes = aligned(m->positions.count * m->positions.width);
-    size_t bytes = tensor_bytes + position_bytes + m->segments.count * m->segments.width;
-    size_t room = m->scratch_bytes - m->count * m->stage_bytes;
+    array *const parts[] = {&m->tensors, &m->positions, &m->segments, &m->hints};
+    size_t begin[4], bytes = 0, room = m->scratch_bytes - m->count * m->stage_bytes;
     unsigned char *device = (unsigned char *)m->exec->scratch, *host = NULL;
     cudaStream_t stream = (cudaStream_t)m->exec->stream;
     size_t capacity = 0;
@@ -357,6 +399,10 @@ lp_status carry_out(moves *m, lp_error *err)
 
     if (m->launches.count == 0)
         return LP_OK;
+    for (int i = 0; i < 4; i++) {
+        begin[i] = bytes;
+        bytes += aligned(parts[i]->count * parts[i]->width);
+    }
     if (bytes > room)
         return lp_error_set(
             err, LP_ERR_NOMEM,
@@ -369,15 +415,14 @@ lp_status carry_out(moves *m, lp_error *err)
         for (unsigned d = 0; d < tensor->ndim; d++)
             if (tensor->dim[d].position != NULL)
                 tensor->dim[d].position =
-                    (const uint32_t *)(device + tensor_bytes + ((uintptr_t)tensor->dim[d].position - 1));
+                    (const uint32_t *)(device + begin[1] + ((uintptr_t)tensor->dim[d].position - 1));
     }
     status = lp_grow(&m->exec->allocator, (void **)&host, &capacity, bytes, 1, err);
     if (status != LP_OK)
         return status;
-    memcpy(host, m->tensors.data, m->tensors.count * m->tensors.width);
-    if (m->positions.count > 0)
-        memcpy(host + tensor_bytes, m->positions.data, m->positions.count * m->positions.width);
-    memcpy(host + tensor_bytes + position_bytes, m->segments.data, m->segments.count * m->segments.width);
+    for (int i = 0; i < 4; i++)
+        if (parts[i]->count > 0)
+            memcpy(host + begin[i], parts[i]->data, parts[i]->count * parts[i]->width);
     /* Pageable memory: the call returns when it has read it. */
     error = cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream);
     lp_release(&m->exec->allocator, host, capacity, 1);
@@ -385,10 +430,20 @@ lp_status carry_out(moves *m, lp_error *err)
         return lp_cuda_failed(err, error, "uploading what is kept");
     for (size_t i = 0; i < m->launches.count; i++) {
         const launch *l = (const launch *)m->launches.data + i;
+        const move_tensor *tensors = (const move_tensor *)device;
+        const move_segment *segments = (const move_segment *)(device + begin[2]);
+        const uint32_t *hints = (const uint32_t *)(device + begin[3]);
 
-        LP_LAUNCH(move, l->blocks, THREADS, 0, stream, (const move_tensor *)device,
-                  (const move_segment *)(device + tensor_bytes + position_bytes) + l->first,
-                  (uint32_t)l->count);
+        if (l->word == 16)
+            launch_moves<uint4>(l, tensors, segments, hints, stream);
+        else if (l->word == 8)
+            launch_moves<uint64_t>(l, tensors, segments, hints, stream);
+        else if (l->word == 4)
+            launch_moves<uint32_t>(l, tensors, segments, hints, stream);
+        else if (l->word == 2)
+            launch_moves<uint16_t>(l, tensors, segments, hints, stream);
+        else
+            launch_moves<uint8_t>(l, tensors, segments, hints, stream);
     }
     return lp_cuda_launched(err, "compacting");
 }
@@ -457,6 +512,7 @@ lp_status run(const char *operation, const lp_cuda_tensor *tensors, size_t count
     m.tensors.width = sizeof(move_tensor);
     m.positions.width = sizeof(uint32_t);
     m.segments.width = sizeof(move_segment);
+    m.hints.width = sizeof(uint32_t);
     m.launches.width = sizeof(launch);
     status = lp_grow(allocator, (void **)&m.layouts, &layouts, count, sizeof *m.layouts, err);
     if (status == LP_OK)
@@ -471,6 +527,7 @@ lp_status run(const char *operation, const lp_cuda_tensor *tensors, size_t count
     lp_release(allocator, m.tensors.data, m.tensors.capacity, m.tensors.width);
     lp_release(allocator, m.positions.data, m.positions.capacity, m.positions.width);
     lp_release(allocator, m.segments.data, m.segments.capacity, m.segments.width);
+    lp_release(allocator, m.hints.data, m.hints.capacity, m.hints.width);
     lp_release(allocator, m.launches.data, m.launches.capacity, m.launches.width);
     return status;
 }
