@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,7 +173,11 @@ class BuildExtensions(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension."""
         if ext is CUDA_EXTENSION and TOOLKIT is not None:
-            ext.extra_objects = [self._compile_kernel(source, TOOLKIT) for source in matching(CUDA_KERNELS)]
+            at_once = max(1, (os.cpu_count() or 1) // len(archs()))  # nvcc has a thread for each target
+            with ThreadPoolExecutor(at_once) as workers:
+                ext.extra_objects = list(
+                    workers.map(lambda source: self._compile_kernel(source, TOOLKIT), matching(CUDA_KERNELS))
+                )
         super().build_extension(ext)
 
     def _compile_kernel(self, source: str, toolkit: Toolkit) -> str:

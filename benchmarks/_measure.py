@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -114,7 +115,12 @@ def paired(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> floa
 
 
 def commit() -> str:
-    """The commit measured, with a mark where the working tree differs from it."""
+    """The commit measured, with a mark where the working tree differs from it.
+
+    Of a copy without its history LLMPRUNE_COMMIT tells it.
+    """
+    if "LLMPRUNE_COMMIT" in os.environ:
+        return os.environ["LLMPRUNE_COMMIT"]
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=RESULTS.parent,

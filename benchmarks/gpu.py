@@ -222,8 +222,8 @@ def measured(work: Callable[[], Any]) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     try:
         _, took = wall(work)
-    except torch.OutOfMemoryError:
-        return {"failed": "out of memory"}
+    except (torch.OutOfMemoryError, MemoryError, llmprune.errors.DeviceError) as error:
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
     return {"seconds": took, "peak": torch.cuda.max_memory_allocated() - before}
 
 
@@ -404,11 +404,11 @@ def main() -> int:
             "kernels": lambda: kernels(rate, repeats),
             "compaction": lambda: compaction(copy, layers),
             "models": lambda: [whole("7B", layers, "10 x 64")],
-            "kernels by older instructions": lambda: by_older_instructions(rate, repeats),
-            "streamed": lambda: [streamed(SHAPES["70B"], 4, label, "cuda", Path(place)) for label in TOKENS],
             "long": lambda: [whole("7B", layers, "128 x 128")],
-            "blocks": lambda: [whole(shape, 1, label) for shape in ("13B", "70B") for label in TOKENS],
+            "streamed": lambda: [streamed(SHAPES["70B"], 4, label, "cuda", Path(place)) for label in TOKENS],
             "torch_pruning": lambda: torch_pruning("10 x 64"),
+            "kernels by older instructions": lambda: by_older_instructions(rate, repeats),
+            "blocks": lambda: [whole(shape, 1, label) for shape in ("13B", "70B") for label in TOKENS],
         }
         took = 0.0
         for name, section in sections.items():
