@@ -119,7 +119,7 @@ struct block_state {
     std::vector<warp_state> warps;
     std::vector<warpgroup_state> warpgroups;
     std::vector<unsigned char> memory;
-    meeting_point all, workers, turns[2];
+    meeting_point all, workers, head_start;
 };
 
 struct fiber {
@@ -372,7 +372,7 @@ void begin_block(block_state &block, unsigned rank, unsigned threads, size_t sha
     block.warps.assign(threads / 32, warp_state());
     block.warpgroups.assign(threads / 128, warpgroup_state());
     block.memory.assign(shared + 1024, 0xff);
-    block.all = block.workers = block.turns[0] = block.turns[1] = meeting_point();
+    block.all = block.workers = block.head_start = meeting_point();
     for (unsigned t = 0; t < threads; t++) {
         fiber &f = fibers[rank * threads + t];
 
@@ -415,8 +415,8 @@ void run_cluster(unsigned threads, size_t shared)
     if (!boxes.empty())
         give_up("a cluster ended with copies under way");
     for (const block_state &block : blocks_running)
-        if (block.turns[0].arrived > 0 || block.turns[1].arrived > 0)
-            give_up("a block ended with a turn that nobody took");
+        if (block.head_start.arrived > 0)
+            give_up("a block ended with a head start that nobody waited for");
     for (const block_state &block : blocks_running)
         for (const warpgroup_state &group : block.warpgroups)
             if (group.groups.size() > 1 || !group.groups[0].empty())
@@ -553,14 +553,14 @@ void lp_sync_workers()
     meet_at(current->block->workers, 256);
 }
 
-void lp_turn_wait(unsigned warpgroup)
+void lp_head_start_wait()
 {
-    meet_at(current->block->turns[warpgroup], 256);
+    meet_at(current->block->head_start, 256);
 }
 
-void lp_turn_give(unsigned warpgroup)
+void lp_head_start_over()
 {
-    come_to(current->block->turns[warpgroup], 256);
+    come_to(current->block->head_start, 256);
 }
 
 double simt_shuffle_xor(double value, unsigned step)

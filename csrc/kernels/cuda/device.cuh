@@ -237,14 +237,14 @@ static __device__ __forceinline__ void lp_tensor_copy(unsigned char *to, const l
         : "memory");
 }
 
-/* Two warpgroups take turns: one waits for its own, the other gives it. */
-static __device__ __forceinline__ void lp_turn_wait(unsigned warpgroup)
+/* The second warpgroup waits until the first says so. */
+static __device__ __forceinline__ void lp_head_start_wait()
 {
-    asm volatile("bar.sync %0, 256;" ::"r"(2 + warpgroup) : "memory");
+    asm volatile("bar.sync 2, 256;" ::: "memory");
 }
-static __device__ __forceinline__ void lp_turn_give(unsigned warpgroup)
+static __device__ __forceinline__ void lp_head_start_over()
 {
-    asm volatile("bar.arrive %0, 256;" ::"r"(2 + warpgroup) : "memory");
+    asm volatile("bar.arrive 2, 256;" ::: "memory");
 }
 
 /* A warpgroup gives registers up, or takes what others gave. */

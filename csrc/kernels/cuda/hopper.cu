@@ -5,8 +5,8 @@
  *
  * A multiplying thread holds 3 x 64 sums: the gradient of the sample at hand, g and s.  The first product of a sample overwrites
  * the gradient instead of adding to it.  A stage goes back to those who fill it when each warp of all its readers has seen its
- * products done.  Where a sample has few tokens the warpgroups take turns in queueing its products, so that one's run while the
- * other adds a sample up: left alone they fall into step, and the tensor cores rest while both add. */
+ * products done.  The second warpgroup begins a tile later than the first, by a sample or so: begun together they would stay in
+ * step, and the tensor cores rest while both add a sample up. */
 #include "kernels/cuda/fused_job.cuh"
 #include "kernels/cuda/hopper_index.h"
 
@@ -31,7 +31,7 @@ struct hopper_job {
     lp_tensor_map dy, x;    /* (samples, tokens, features); beyond them lie zeros */
     unsigned rows, columns; /* in tiles of 2 x 2 */
     unsigned samples, tokens;
-    bool turns;
+    unsigned lead; /* the token whose stage the first warpgroup has queued when the second begins */
 };
 
 #if LP_WARPGROUPS
@@ -161,33 +161,28 @@ __device__ __forceinline__ void multiply_all(const hopper_job &job, const pipeli
         const tile here(job, index, rank);
         sums_t sums, g = {}, s = {};
 
-        if (job.turns && warpgroup == 1)
-            lp_turn_give(0);
+        if (warpgroup == 1)
+            lp_head_start_wait();
         for (unsigned sample = 0; sample < job.samples; sample++) {
             unsigned last = at.stage;
-
-            if (job.turns)
-                lp_turn_wait(warpgroup);
 
             for (unsigned token = 0; token < job.tokens; token += LP_HOPPER_TOKENS) {
                 lp_barrier_wait(pipe.full + at.stage, at.phase);
                 multiply<dtype>(sums, stages + at.stage * LP_HOPPER_STAGE, job.tokens - token, warpgroup,
                                 token == 0);
+                if (warpgroup == 0 && sample == 0 && token == job.lead)
+                    lp_head_start_over();
                 lp_warpgroup_wait<1>();
                 if (token > 0)
                     give_back(pipe, last, rank);
                 last = at.stage;
                 at.advance();
             }
-            if (job.turns)
-                lp_turn_give(warpgroup ^ 1);
             lp_warpgroup_wait<0>();
             give_back(pipe, last, rank);
             lp_warpgroup_have(sums[0]);
             lp_fused_gather(sums, g, s);
         }
-        if (job.turns && warpgroup == 0)
-            lp_turn_wait(0); /* the last one, of which there is no use */
         lp_fused_finish<dtype, 1, WARPS>(fused, g, s, here.row, here.column, lp_hopper_warp_row(warp), 0, 0,
                                          warp, memory);
     }
@@ -281,7 +276,9 @@ bool lp_hopper_launch(const lp_fused_job &fused, lp_dtype dtype, const lp_cuda_c
     job.columns = (unsigned)lp_ceil_div(fused.columns, 2 * LP_FUSED_TILE);
     job.samples = (unsigned)fused.samples;
     job.tokens = (unsigned)fused.tokens;
-    job.turns = job.samples > 1 && job.tokens <= LP_HOPPER_TURN * LP_HOPPER_TOKENS;
+    job.lead = (job.tokens - 1) / LP_HOPPER_TOKENS * LP_HOPPER_TOKENS; /* of the last stage */
+    if (job.lead > LP_HOPPER_LEAD)
+        job.lead = LP_HOPPER_LEAD;
     clusters = job.rows * job.columns;
     if (clusters > (unsigned)context->clusters)
         clusters = (unsigned)context->clusters;
