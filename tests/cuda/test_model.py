@@ -94,8 +94,8 @@ def test_release_gives_memory_back_for_one_matrix_of_peak() -> None:
 def test_a_model_beyond_the_devices_memory_is_refused_before_it_starts(model: torch.nn.Module) -> None:
     graph = llmprune.trace(model)
     device = copy.deepcopy(model).cuda()
-    room = torch.cuda.mem_get_info()[0] - (16 << 20)
     torch.cuda.empty_cache()
+    room = torch.cuda.mem_get_info()[0] - (16 << 20)
     hog = torch.empty(max(0, room), dtype=torch.uint8, device="cuda")
     try:
         with pytest.raises((llmprune.errors.DeviceError, torch.OutOfMemoryError), match=r"GiB|memory"):

@@ -125,8 +125,6 @@ static inline void lp_warpgroup_multiply_add(float (&d)[16][4], uint64_t a, uint
 /* Blocks of a cluster run together.  What a tensor copy brings is NaN until it lands, at some time of its own. */
 unsigned lp_cluster_rank();
 void lp_cluster_sync();
-void lp_head_start_wait();
-void lp_head_start_over();
 void lp_barrier_init(uint64_t *barrier, unsigned count);
 static inline void lp_barriers_ready()
 {

@@ -1,12 +1,9 @@
 /* Kernels run on the CPU: fibers, warps and the instructions on them; see cuda_runtime.h. */
 #include "cuda_runtime.h"
+#include "switch.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 #include <algorithm>
 #include <memory>
@@ -61,52 +58,6 @@ struct copy {
     unsigned char bytes[16];
 };
 
-/* One stack's place of execution.  swapcontext would ask the kernel for the signal mask at every switch, of which there are
- * millions, so x86-64 has a switch of its own. */
-#if defined(__x86_64__)
-struct place {
-    void *stack_pointer;
-};
-
-extern "C" void simt_switch(place *from, const place *to);
-asm(".text\n"
-    ".type simt_switch, @function\n"
-    "simt_switch:\n"
-    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
-    "    movq %rsp, (%rdi)\n"
-    "    movq (%rsi), %rsp\n"
-    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
-    "    ret\n"
-    ".size simt_switch, . - simt_switch\n");
-
-void prepare(place *p, unsigned char *stack, size_t bytes, void (*entry)())
-{
-    void **top = (void **)(((uintptr_t)stack + bytes) & ~(uintptr_t)15);
-
-    *--top = NULL; /* the return address of entry, which never returns; keeps the stack aligned as calls do */
-    *--top = (void *)entry;
-    for (int i = 0; i < 6; i++)
-        *--top = NULL;
-    p->stack_pointer = top;
-}
-#else
-typedef ucontext_t place;
-
-void simt_switch(place *from, const place *to)
-{
-    swapcontext(from, to);
-}
-
-void prepare(place *p, unsigned char *stack, size_t bytes, void (*entry)())
-{
-    getcontext(p);
-    p->uc_stack.ss_sp = stack;
-    p->uc_stack.ss_size = bytes;
-    p->uc_link = NULL;
-    makecontext(p, entry, 0);
-}
-#endif
-
 /* Where some number of threads wait for each other. */
 struct meeting_point {
     unsigned arrived = 0;
@@ -119,7 +70,7 @@ struct block_state {
     std::vector<warp_state> warps;
     std::vector<warpgroup_state> warpgroups;
     std::vector<unsigned char> memory;
-    meeting_point all, workers, head_start;
+    meeting_point all, workers;
 };
 
 struct fiber {
@@ -372,7 +323,7 @@ void begin_block(block_state &block, unsigned rank, unsigned threads, size_t sha
     block.warps.assign(threads / 32, warp_state());
     block.warpgroups.assign(threads / 128, warpgroup_state());
     block.memory.assign(shared + 1024, 0xff);
-    block.all = block.workers = block.head_start = meeting_point();
+    block.all = block.workers = meeting_point();
     for (unsigned t = 0; t < threads; t++) {
         fiber &f = fibers[rank * threads + t];
 
@@ -414,9 +365,6 @@ void run_cluster(unsigned threads, size_t shared)
     }
     if (!boxes.empty())
         give_up("a cluster ended with copies under way");
-    for (const block_state &block : blocks_running)
-        if (block.head_start.arrived > 0)
-            give_up("a block ended with a head start that nobody waited for");
     for (const block_state &block : blocks_running)
         for (const warpgroup_state &group : block.warpgroups)
             if (group.groups.size() > 1 || !group.groups[0].empty())
@@ -551,16 +499,6 @@ void lp_sync_workers()
     if (threadIdx.x >= 256)
         give_up("a thread that is no worker meets them");
     meet_at(current->block->workers, 256);
-}
-
-void lp_head_start_wait()
-{
-    meet_at(current->block->head_start, 256);
-}
-
-void lp_head_start_over()
-{
-    come_to(current->block->head_start, 256);
 }
 
 double simt_shuffle_xor(double value, unsigned step)
@@ -753,99 +691,4 @@ void simt_warpgroup_wait(unsigned pending)
             for (unsigned t = 0; t < 128; t++)
                 memcpy(group.sums[t], group.held[t], sizeof group.held[t]);
     });
-}
-
-/* --- the runtime ---------------------------------------------------------------------------------------------------- */
-
-static int device_now;
-static cudaError_t last_error;
-
-static cudaError_t outcome(void)
-{
-    cudaError_t error = simt_device.fail;
-
-    simt_device.fail = cudaSuccess;
-    last_error = error;
-    return error;
-}
-
-extern "C" cudaError_t cudaGetDevice(int *device)
-{
-    *device = device_now;
-    return cudaSuccess;
-}
-
-extern "C" cudaError_t cudaSetDevice(int device)
-{
-    device_now = device;
-    return outcome();
-}
-
-extern "C" cudaError_t cudaGetDeviceCount(int *count)
-{
-    *count = simt_device.devices;
-    return outcome();
-}
-
-extern "C" cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int)
-{
-    *value = attribute == cudaDevAttrComputeCapabilityMajor   ? simt_device.major
-             : attribute == cudaDevAttrComputeCapabilityMinor ? simt_device.minor
-                                                              : simt_device.processors;
-    return outcome();
-}
-
-extern "C" cudaError_t cudaGetLastError(void)
-{
-    cudaError_t error = last_error;
-
-    last_error = cudaSuccess;
-    return error;
-}
-
-extern "C" const char *cudaGetErrorName(cudaError_t error)
-{
-    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
-           : error == cudaErrorNoDevice       ? "cudaErrorNoDevice"
-           : error == cudaErrorInvalidDevice  ? "cudaErrorInvalidDevice"
-                                              : "cudaSuccess";
-}
-
-extern "C" const char *cudaGetErrorString(cudaError_t)
-{
-    return "as the test wished";
-}
-
-extern "C" cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus *status)
-{
-    *status = simt_device.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-
-extern "C" cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t bytes, int, cudaStream_t)
-{
-    cudaError_t error = outcome();
-
-    if (error == cudaSuccess)
-        memcpy(target, source, bytes);
-    return error;
-}
-
-extern "C" cudaError_t cudaMalloc(void **memory, size_t bytes)
-{
-    cudaError_t error = outcome();
-
-    *memory = error == cudaSuccess ? aligned_alloc(256, (bytes + 255) / 256 * 256) : NULL;
-    return error;
-}
-
-extern "C" cudaError_t cudaFree(void *memory)
-{
-    free(memory);
-    return outcome();
-}
-
-extern "C" cudaError_t cudaMemcpy(void *target, const void *source, size_t bytes, int kind)
-{
-    return cudaMemcpyAsync(target, source, bytes, kind, NULL);
 }

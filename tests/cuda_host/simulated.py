@@ -35,7 +35,8 @@ class State(ctypes.Structure):
         ("fail", ctypes.c_int),
         ("capturing", ctypes.c_bool),
         ("launches", ctypes.c_size_t),
-        ("slips", ctypes.c_bool),
+        ("clusters", ctypes.c_int),
+        ("maps", ctypes.c_bool),
         ("products", ctypes.c_size_t),
     ]
 

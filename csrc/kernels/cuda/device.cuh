@@ -237,16 +237,6 @@ static __device__ __forceinline__ void lp_tensor_copy(unsigned char *to, const l
         : "memory");
 }
 
-/* The second warpgroup waits until the first says so. */
-static __device__ __forceinline__ void lp_head_start_wait()
-{
-    asm volatile("bar.sync 2, 256;" ::: "memory");
-}
-static __device__ __forceinline__ void lp_head_start_over()
-{
-    asm volatile("bar.arrive 2, 256;" ::: "memory");
-}
-
 /* A warpgroup gives registers up, or takes what others gave. */
 template <int count> static __device__ __forceinline__ void lp_registers_fewer()
 {

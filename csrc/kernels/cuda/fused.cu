@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(LP_FUSED_THREADS, 1) fused_scores(lp_fused_job
         multiply<dtype>(sums, shared + used * 2 * LP_FUSED_OPERAND, here.count(job), lane, warp);
         used = used + 1 == LP_FUSED_STAGES ? 0 : used + 1;
         if (here.ends_sample(job)) {
-            lp_fused_gather(sums, g, s);
+            lp_fused_gather(job, sums, g, s);
             memset(&sums, 0, sizeof sums);
         }
     }

@@ -54,11 +54,11 @@ template <unsigned stage> struct lp_fused_position {
     }
 };
 
-/* A sample is over: its gradient goes into g and s. */
+/* A sample is over: its gradient goes into g, and for second order its square into s. */
 template <unsigned m_tiles, unsigned n_tiles>
-static __device__ __forceinline__ void lp_fused_gather(const float (&sums)[m_tiles][n_tiles][4],
-                                                       float (&g)[m_tiles][n_tiles][4],
-                                                       float (&s)[m_tiles][n_tiles][4])
+static __device__ __forceinline__ void
+lp_fused_gather(const lp_fused_job &job, const float (&sums)[m_tiles][n_tiles][4],
+                float (&g)[m_tiles][n_tiles][4], float (&s)[m_tiles][n_tiles][4])
 {
 #pragma unroll
     for (unsigned m = 0; m < m_tiles; m++)
@@ -69,45 +69,53 @@ static __device__ __forceinline__ void lp_fused_gather(const float (&sums)[m_til
                 float gradient = sums[m][n][r];
 
                 g[m][n][r] += gradient;
-                s[m][n][r] += gradient * gradient;
+                if (job.second)
+                    s[m][n][r] += gradient * gradient;
             }
 }
 
-/* A thread's part of a tile's weight: of each 16 x 8 two pairs of elements side by side, the first in the low half; anything
- * beyond the weight's edges.  No read waits for another, nor for a branch. */
+/* A thread's part of a tile's weight: of each 16 x 8 two pairs of elements side by side, the first in the low half; zeros beyond
+ * the weight's edges.  All reads are under way before the first is waited for. */
 template <unsigned m_tiles, unsigned n_tiles>
 static __device__ __forceinline__ void lp_fused_weight(const lp_fused_job &job, size_t row0, size_t column0,
                                                        uint32_t (&pairs)[m_tiles][n_tiles][2])
 {
-    const unsigned lane = threadIdx.x % 32;
-    const uint16_t *const weight = (const uint16_t *)job.weight;
-    const bool whole = job.pairs && row0 + m_tiles * 16 <= job.rows && column0 + n_tiles * 8 <= job.columns;
+    const unsigned lane = threadIdx.x % 32, row = lp_fused_sum_row(lane, 0),
+                   column = lp_fused_sum_column(lane, 0);
+    const unsigned rows = lp_fused_within(row0, job.rows), columns = lp_fused_within(column0, job.columns);
+    const uint16_t *const at =
+        (const uint16_t *)job.weight + (row0 + row) * job.weight_stride + column0 + column;
 
+    if (job.pairs && rows >= m_tiles * 16 && columns >= n_tiles * 8) {
 #pragma unroll
-    for (unsigned m = 0; m < m_tiles; m++)
+        for (unsigned m = 0; m < m_tiles; m++)
 #pragma unroll
-        for (unsigned half = 0; half < 2; half++) {
-            size_t row = row0 + m * 16 + lp_fused_sum_row(lane, half * 2),
-                   column = column0 + lp_fused_sum_column(lane, 0);
-
-            if (whole) {
-                const uint16_t *at = weight + row * job.weight_stride + column;
-
+            for (unsigned half = 0; half < 2; half++)
 #pragma unroll
                 for (unsigned n = 0; n < n_tiles; n++)
-                    pairs[m][n][half] = *(const uint32_t *)(at + n * 8);
-            } else {
-                const uint16_t *at = weight + (row < job.rows ? row : job.rows - 1) * job.weight_stride;
+                    pairs[m][n][half] =
+                        *(const uint32_t *)(at + (m * 16 + half * 8) * job.weight_stride + n * 8);
+        return;
+    }
+#pragma unroll
+    for (unsigned m = 0; m < m_tiles; m++) {
+#pragma unroll
+        for (unsigned half = 0; half < 2; half++) {
+            const uint16_t *const from = at + (m * 16 + half * 8) * job.weight_stride;
+            const bool inside = row + m * 16 + half * 8 < rows;
 
 #pragma unroll
-                for (unsigned n = 0; n < n_tiles; n++) {
-                    size_t first = column + n * 8, last = job.columns - 1;
+            for (unsigned n = 0; n < n_tiles; n++) {
+                uint32_t low = 0, high = 0;
 
-                    pairs[m][n][half] = (uint32_t)at[first < last ? first : last] |
-                                        (uint32_t)at[first + 1 < last ? first + 1 : last] << 16;
-                }
+                if (inside && column + n * 8 < columns)
+                    low = from[n * 8];
+                if (inside && column + n * 8 + 1 < columns)
+                    high = from[n * 8 + 1];
+                pairs[m][n][half] = low | high << 16;
             }
         }
+    }
 }
 
 /* A warp has a tile's part of the weight brought to where reading it will not take long. */
@@ -123,15 +131,6 @@ static __device__ __forceinline__ void lp_fused_prefetch(const lp_fused_job &job
     }
 }
 
-template <lp_dtype dtype>
-static __device__ __forceinline__ float lp_fused_element(const lp_fused_job &job, float g, float s,
-                                                         uint16_t bits)
-{
-    const float w = lp_element_of<dtype>::of(bits), first = g * job.share * w;
-
-    return fabsf(job.second ? first - 0.5f * w * (s * job.share) * w : first);
-}
-
 /* Multiply the g and s of the tile from (row0, column0) on with the weight, and add its rows and columns up: 16 elements in
  * float32, which is what they come in, the rest in float64, all in a fixed order.  256 threads call it: a warp has the products
  * of 16 x 8 from (warp_row, warp_column) on; `row_slots` warps share a row and `column_slots` a column, this one is number
@@ -143,32 +142,27 @@ lp_fused_finish(const lp_fused_job &job, const float (&g)[m_tiles][n_tiles][4],
                 const float (&s)[m_tiles][n_tiles][4], size_t row0, size_t column0, unsigned warp_row,
                 unsigned warp_column, unsigned row_slot, unsigned column_slot, unsigned char *shared)
 {
-    enum { HALF = n_tiles / 2 };
     double (*rows)[LP_FUSED_TILE] = (double (*)[LP_FUSED_TILE])shared;
     double (*columns)[LP_FUSED_TILE] = rows + row_slots;
     const unsigned lane = threadIdx.x % 32, i = threadIdx.x % LP_FUSED_TILE;
     const size_t row_tile = row0 / LP_FUSED_TILE, column_tile = column0 / LP_FUSED_TILE;
-    const unsigned rows_in = lp_fused_within(row0, job.rows),
-                   columns_in = lp_fused_within(column0, job.columns);
+    /* |g w / N - w s w / (2 N)|; of first order s is 0.  Beyond the edges the weight is. */
+    const float share = job.share, half_share = -0.5f * job.share;
     double row_sums[m_tiles][2] = {}, sum = 0;
     float few[m_tiles][2] = {}; /* the row sums of 8 elements */
-    uint32_t weight[m_tiles][HALF][2];
+    uint32_t weight[m_tiles][n_tiles][2];
 
+    lp_fused_weight(job, row0 + warp_row, column0 + warp_column, weight);
 #pragma unroll
     for (unsigned n = 0; n < n_tiles; n++) {
         float column_sums[2] = {};
-
-        if (n % HALF == 0) /* more would not fit the registers */
-            lp_fused_weight(job, row0 + warp_row, column0 + warp_column + n * 8, weight);
 
 #pragma unroll
         for (unsigned m = 0; m < m_tiles; m++) {
 #pragma unroll
             for (unsigned r = 0; r < 4; r++) {
-                uint16_t bits = (uint16_t)(weight[m][n % HALF][r / 2] >> r % 2 * 16);
-                bool inside = warp_row + m * 16 + lp_fused_sum_row(lane, r) < rows_in &&
-                              warp_column + n * 8 + lp_fused_sum_column(lane, r) < columns_in;
-                float e = inside ? lp_fused_element<dtype>(job, g[m][n][r], s[m][n][r], bits) : 0.0f;
+                const float w = lp_element_of<dtype>::of((uint16_t)(weight[m][n][r / 2] >> r % 2 * 16));
+                const float e = fabsf(w * fmaf(half_share * w, s[m][n][r], share * g[m][n][r]));
 
                 few[m][r / 2] += e;
                 column_sums[r % 2] += e;

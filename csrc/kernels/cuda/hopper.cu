@@ -5,8 +5,10 @@
  *
  * A multiplying thread holds 3 x 64 sums: the gradient of the sample at hand, g and s.  The first product of a sample overwrites
  * the gradient instead of adding to it.  A stage goes back to those who fill it when each warp of all its readers has seen its
- * products done.  The second warpgroup begins a tile later than the first, by a sample or so: begun together they would stay in
- * step, and the tensor cores rest while both add a sample up. */
+ * products done.
+ *
+ * Tried on an H100 and slower by a tenth or more: the warpgroups in turns, or one a head start, so that one's products run while
+ * the other adds a sample up (it leaves fewer stages for the copies under way), and twice as many stages of half the size. */
 #include "kernels/cuda/fused_job.cuh"
 #include "kernels/cuda/hopper_index.h"
 
@@ -31,7 +33,6 @@ struct hopper_job {
     lp_tensor_map dy, x;    /* (samples, tokens, features); beyond them lie zeros */
     unsigned rows, columns; /* in tiles of 2 x 2 */
     unsigned samples, tokens;
-    unsigned lead; /* the token whose stage the first warpgroup has queued when the second begins */
 };
 
 #if LP_WARPGROUPS
@@ -161,8 +162,6 @@ __device__ __forceinline__ void multiply_all(const hopper_job &job, const pipeli
         const tile here(job, index, rank);
         sums_t sums, g = {}, s = {};
 
-        if (warpgroup == 1)
-            lp_head_start_wait();
         for (unsigned sample = 0; sample < job.samples; sample++) {
             unsigned last = at.stage;
 
@@ -170,8 +169,6 @@ __device__ __forceinline__ void multiply_all(const hopper_job &job, const pipeli
                 lp_barrier_wait(pipe.full + at.stage, at.phase);
                 multiply<dtype>(sums, stages + at.stage * LP_HOPPER_STAGE, job.tokens - token, warpgroup,
                                 token == 0);
-                if (warpgroup == 0 && sample == 0 && token == job.lead)
-                    lp_head_start_over();
                 lp_warpgroup_wait<1>();
                 if (token > 0)
                     give_back(pipe, last, rank);
@@ -181,7 +178,7 @@ __device__ __forceinline__ void multiply_all(const hopper_job &job, const pipeli
             lp_warpgroup_wait<0>();
             give_back(pipe, last, rank);
             lp_warpgroup_have(sums[0]);
-            lp_fused_gather(sums, g, s);
+            lp_fused_gather(fused, sums, g, s);
         }
         lp_fused_finish<dtype, 1, WARPS>(fused, g, s, here.row, here.column, lp_hopper_warp_row(warp), 0, 0,
                                          warp, memory);
@@ -276,9 +273,6 @@ bool lp_hopper_launch(const lp_fused_job &fused, lp_dtype dtype, const lp_cuda_c
     job.columns = (unsigned)lp_ceil_div(fused.columns, 2 * LP_FUSED_TILE);
     job.samples = (unsigned)fused.samples;
     job.tokens = (unsigned)fused.tokens;
-    job.lead = (job.tokens - 1) / LP_HOPPER_TOKENS * LP_HOPPER_TOKENS; /* of the last stage */
-    if (job.lead > LP_HOPPER_LEAD)
-        job.lead = LP_HOPPER_LEAD;
     clusters = job.rows * job.columns;
     if (clusters > (unsigned)context->clusters)
         clusters = (unsigned)context->clusters;

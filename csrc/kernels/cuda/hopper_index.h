@@ -2,7 +2,7 @@
  *
  * A thread block scores a tile of 128 rows (m, output features) x 128 columns (n, input features): two warpgroups multiply, 64
  * rows each, and a third has the operands copied.  Four blocks are a cluster, which scores 2 x 2 tiles.  dy and x arrive as
- * [tokens][features]: both operands of the products are "MN-major".  An operand's stage of 32 tokens lies in two panels of 64
+ * [tokens][features]: both operands of the products are "MN-major".  An operand's stage of 64 tokens lies in two panels of 64
  * features, [token][64 features], each token's 128 bytes in the order of the 128-byte swizzle.  The two blocks that need an
  * operand copy one panel each, into both. */
 #ifndef LP_KERNELS_CUDA_HOPPER_INDEX_H
@@ -13,9 +13,8 @@
 enum {
     LP_HOPPER_THREADS = 384,
     LP_HOPPER_CLUSTER = 4, /* blocks: 2 x 2 */
-    LP_HOPPER_TOKENS = 32, /* of a pipeline stage; smaller ones leave more under way while two are read */
-    LP_HOPPER_STAGES = 12,
-    LP_HOPPER_LEAD = 64, /* tokens that the first warpgroup is ahead of the second at a tile's begin */
+    LP_HOPPER_TOKENS = 64, /* of a pipeline stage */
+    LP_HOPPER_STAGES = 6,
     LP_HOPPER_PANEL_FEATURES = 64,
     LP_HOPPER_ROW = 128, /* bytes of 64 features of one token */
     LP_HOPPER_PANEL = LP_HOPPER_TOKENS * LP_HOPPER_ROW,
