@@ -359,7 +359,9 @@ def claims_of(found: dict[str, Any]) -> list[Claim]:
         if model["shape"] != "7B" or "seconds" not in model["element1"]:
             continue
         if model["tokens"] == "10 x 64":
-            claims.append(Claim("7B, trace to compacted model on a warmed-up device, seconds", model["end to end"], 2.0))
+            claims.append(
+                Claim("7B, trace to compacted model on a warmed-up device, seconds", model["end to end"], 2.0)
+            )
             extra = 1 + model["element1"]["peak"] / model["weights"]
             claims.append(Claim("7B, peak memory of first order over the weights", extra, 1.15))
         times = [
