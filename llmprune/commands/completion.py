@@ -43,7 +43,7 @@ def known_values() -> dict[str, tuple[str, ...]]:
     from llmprune.pipeline.iterative import SCHEDULES
     from llmprune.pipeline.prune import REPAIRS
     from llmprune.planning.allocation import ALLOCATIONS
-    from llmprune.recovery.recover import METHODS
+    from llmprune.recovery.settings import METHODS
     from llmprune.scoring.importance import known
     from llmprune.scoring.sampling import AUTO
 

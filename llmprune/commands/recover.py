@@ -102,6 +102,12 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
     parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        default=None,
+        help="each process keeps a share of the frozen weights (or by accelerate's config)",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of split, order, adapters, dropout (%(default)s)"
     )
     run_argument(parser)
@@ -162,6 +168,7 @@ def _run(options: argparse.Namespace) -> None:
         distill_weight=options.distill_weight,
         top_k=options.top_k,
         gradient_checkpointing=options.gradient_checkpointing,
+        fsdp=options.fsdp,
         seed=options.seed,
         work=options.work,
         restart=options.restart,

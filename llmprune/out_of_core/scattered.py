@@ -89,9 +89,9 @@ def _is_piece(parameter: torch.Tensor) -> bool:
     return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
-def is_in_pieces(model: nn.Module) -> bool:
+def is_in_pieces(model: object) -> bool:
     """Whether weights of a model are in pieces on several processes."""
-    return any(map(_is_piece, model.parameters()))
+    return isinstance(model, nn.Module) and any(map(_is_piece, model.parameters()))
 
 
 def is_scattered(model: object) -> bool:

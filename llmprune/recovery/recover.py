@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,16 @@ from torch import nn
 from llmprune.checkpoints.adapters import quiet_peft
 from llmprune.checkpoints.atomic import published
 from llmprune.errors import CheckpointError, InputError, RecoveryError
-from llmprune.evaluation.perplexity import positions
+from llmprune.out_of_core.scattered import is_scattered
 from llmprune.pipeline.stages import Stages
-from llmprune.recovery.examples import CUTOFF, Data, load_data
+from llmprune.recovery import shards
+from llmprune.recovery.examples import Data, load_data
+from llmprune.recovery.settings import RATES, check, check_vocabulary, cutoff_of, lamb
 from llmprune.recovery.workfolder import WorkFolder, is_full, signature
 from llmprune.tracing.wrapped import on_uncompiled
 
 if TYPE_CHECKING:
     from llmprune.tracing.graph import Graph
-
-METHODS = ("lora", "dora", "full")
-OPTIMIZERS = ("adamw", "lamb")
-SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-
-RATES = {"lora": 1e-4, "dora": 1e-4, "full": 2e-5}
-"""Method -> learning rate (the paper's code for LoRA)."""
 
 WARM_UP, EVERY = 100, 100
 """Warm-up steps and steps from one validation to the next (the paper's code), in runs that are long enough."""
@@ -128,6 +124,7 @@ def recover(
     distill_weight: float = 0.5,
     top_k: int | None = None,
     gradient_checkpointing: bool = False,
+    fsdp: bool | None = None,
     seed: int = 0,
     work: str | Path | None = None,
     restart: bool = False,
@@ -178,6 +175,9 @@ def recover(
         top_k: run the teacher once, before training, and keep so many logits of each token on the disk; None keeps the
             teacher in memory.
         gradient_checkpointing: recompute activations.
+        fsdp: keep on each process a share of the frozen weights alone (FSDP2), for ``lora`` and ``dora``; None does if
+            accelerate's config asks for FSDP. The weights are whole again at the end; another error than those below
+            leaves ``model`` without them.
         seed: of the split, the order, the adapters and dropout.
         work: folder for checkpoints.
         restart: begin anew where ``work`` holds another run.
@@ -228,7 +228,8 @@ def recover(
         "gradient_checkpointing": gradient_checkpointing,
         "seed": seed,
     }
-    _check(settings, teacher, dataset)
+    check(settings, teacher, dataset)
+    sharded = shards.wanted(fsdp, method, watch is not None)
     folder = model if isinstance(model, (str, Path)) else None
     base = folder if base is None else base
     if not merge and method == "full":
@@ -241,7 +242,12 @@ def recover(
         from llmprune.evaluation.evaluate import loaded
 
         model, tokenizer = loaded(folder, tokenizer, clock)
-    settings["cutoff"] = _cutoff(model, cutoff)
+    if is_scattered(model):
+        raise InputError(
+            "this model's weights are in pieces or offloaded: recover the folder it came from, with fsdp=True to have "
+            "its weights spread over the processes"
+        )
+    settings["cutoff"] = cutoff_of(model, cutoff)
     with clock.stage("data", "reading and encoding"):
         data = load_data(
             dataset,
@@ -253,7 +259,7 @@ def recover(
             seed=seed,
             rows=rows,
         )
-    _check_vocabulary(model, data)
+    check_vocabulary(model, data)
     state = accelerate.PartialState(cpu=not torch.cuda.is_available())
     with clock.stage("targets", "finding linear maps on the graph"):
         paths = [] if method == "full" else list(targets) if targets is not None else linear_maps(model)
@@ -262,7 +268,9 @@ def recover(
         work, output, state, {**settings, "data": data.hash, "model": signature(model)}, restart
     )
     run = _Run(model, tokenizer, data, settings, paths, place, clock, announcer(quiet) is not None, watch)
-    result = run.train(teacher)
+    run.sharded = sharded
+    with shards.without_accelerates() if sharded else nullcontext():
+        result = run.train(teacher)
     result.notes += (
         [] if not data.dropped else [f"{data.dropped} of {data.rows} rows had nothing to learn from"]
     )
@@ -306,81 +314,6 @@ def linear_maps(model: nn.Module, graph: Graph | None = None) -> list[str]:
     return found
 
 
-def _check(settings: dict[str, Any], teacher: Any, dataset: Any) -> None:
-    """Refuse before any work what could not be carried out."""
-    if dataset is None:
-        raise InputError("recovery needs data: a path or a list of records")
-    for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
-        if settings[name] not in known:
-            raise InputError(f"unknown {name} {settings[name]!r}: there are {', '.join(known)}")
-    for name in (
-        "rank",
-        "alpha",
-        "batch_size",
-        "micro_batch_size",
-        "steps",
-        "validate_every",
-        "patience",
-        "top_k",
-    ):
-        value = settings[name]
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} is {value!r}: it must be a whole number of at least 1")
-    for name in ("learning_rate", "epochs"):
-        if not (settings[name] > 0 and math.isfinite(settings[name])):
-            raise InputError(f"{name} is {settings[name]}: it must be positive")
-    for name in ("dropout", "distill_weight"):
-        if not 0 <= settings[name] <= 1:
-            raise InputError(f"{name} is {settings[name]}: it must lie between 0 and 1")
-    if settings["warmup"] is not None and settings["warmup"] < 0:
-        raise InputError(f"warmup is {settings['warmup']}: it cannot be negative")
-    if settings["patience"] is not None and settings["validation"] == 0:
-        raise InputError("patience needs validation: keep some examples for it")
-    if settings["distill"] and teacher is None:
-        raise InputError(
-            "distillation needs a teacher: give the unpruned model, or its folder (--teacher DIR)"
-        )
-    if teacher is not None and not settings["distill"]:
-        raise InputError(
-            "a teacher is given and distillation is off: switch it on (--distill) or leave the teacher out"
-        )
-    if settings["optimizer"] == "lamb":
-        _lamb()
-
-
-def _lamb() -> Any:
-    try:
-        from pytorch_optimizer import Lamb
-    except ImportError as error:
-        raise InputError(
-            "the optimizer lamb is in another package: pip install pytorch_optimizer, or take adamw"
-        ) from error
-    return Lamb
-
-
-def _cutoff(model: Any, cutoff: int | None) -> int:
-    limit = positions(model)
-    if cutoff is None:
-        return min(CUTOFF, limit or CUTOFF)
-    if limit is not None and cutoff > limit:
-        raise InputError(
-            f"a cutoff of {cutoff} tokens is beyond the {limit} positions of {type(model).__name__}"
-        )
-    return cutoff
-
-
-def _check_vocabulary(model: Any, data: Data) -> None:
-    """Raise InputError for ids that the embedding does not have: the tokenizer is another model's."""
-    embedding = model.get_input_embeddings()
-    known = getattr(embedding, "num_embeddings", None)
-    largest = max(max(example.ids) for example in (*data.train, *data.validation))
-    if known is not None and largest >= known:
-        raise InputError(
-            f"the data has the token id {largest} and {type(model).__name__} knows {known}: the tokenizer is another "
-            "model's"
-        )
-
-
 @dataclass
 class _Run:
     """One training: the model is wrapped, trained, and either merged or put back as it was."""
@@ -395,6 +328,8 @@ class _Run:
     show: bool
     watch: Callable[[Any], Mapping[str, float]] | None = None
     wrapped: Any = None
+    sharded: bool = False
+    pieces: shards.Shards | None = None
 
     def train(self, teacher: Any) -> Recovery:
         """Train, and take the best state."""
@@ -421,7 +356,12 @@ class _Run:
                     "train", f"{trainer.args.max_steps} steps of {self.settings['batch_size']} examples"
                 ):
                     self._carry_out(trainer, guard)
+                self._make_whole()
             done = True
+        except RecoveryError:
+            if self.pieces is not None:  # every process is here
+                self.pieces.gather()
+            raise
         finally:
             if not done:
                 self._put_back(copies)
@@ -459,13 +399,32 @@ class _Run:
             bias="none",
             task_type="CAUSAL_LM",
         )
+        if self.sharded:
+            self.pieces = shards.Shards(self.model)
         try:
             with quiet_peft():
-                self.wrapped = peft.get_peft_model(self.model, config)
+                self.wrapped = peft.get_peft_model(
+                    self.model if self.pieces is None else self.pieces.twin, config
+                )
         except ValueError as error:
             raise InputError(
                 f"the targets cannot be adapted ({str(error).splitlines()[0][:200]}): name others"
             ) from error
+        if self.pieces is not None:
+            self.pieces.shard(self.wrapped)
+
+    def _make_whole(self) -> None:
+        """Of a sharded twin's training: the model filled again, and the trained adapters put into it."""
+        if self.pieces is None:
+            return
+        import peft
+
+        trained = peft.get_peft_model_state_dict(self.wrapped)
+        config = self.wrapped.peft_config["default"]
+        self.pieces.gather()
+        self.pieces = None
+        self.wrapped = peft.get_peft_model(self.model, config)
+        peft.set_peft_model_state_dict(self.wrapped, {name: value.cpu() for name, value in trained.items()})
 
     def _trainer(self, teacher: Any) -> tuple[Any, Any]:
         from transformers import EarlyStoppingCallback, TrainingArguments
@@ -545,7 +504,7 @@ class _Run:
             callbacks=callbacks,
             optimizer_cls_and_kwargs=None
             if settings["optimizer"] == "adamw"
-            else (_lamb(), {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}),
+            else (lamb(), {"lr": settings["learning_rate"], "weight_decay": settings["weight_decay"]}),
         )
         guard.trainer = trainer
         for callback in (PrinterCallback, ProgressCallback):
@@ -622,7 +581,8 @@ class _Run:
     def _put_back(self, copies: dict[str, torch.Tensor]) -> None:
         """The model as it was before training."""
         if self.wrapped is not None:
-            self.wrapped.unload()
+            if self.pieces is None:
+                self.wrapped.unload()
             self.wrapped = None
         if copies:
             self.model.load_state_dict(copies)

@@ -22,6 +22,7 @@ from test_cli import run
 import llmprune
 from llmprune.checkpoints.loading import load_model
 from llmprune.errors import CheckpointError, InputError, RecoveryError
+from llmprune.recovery import shards
 from llmprune.recovery.recover import linear_maps, recover
 
 pytest.importorskip("peft", reason="recovery needs peft (llmprune[recover])")
@@ -468,7 +469,49 @@ def test_a_killed_run_goes_on_to_the_same_result(pruned: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
+def test_a_sharded_model_is_whole_again_whatever_happens() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            str(Path(__file__).parent / "sharded_recovery_worker.py"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(llmprune.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert 0.49 < said["share"] < 0.55
+    assert said["left"] == 0
+    assert said["error"].startswith("RecoveryError: ")
+    assert said["as before"]
+    assert said["learned"]
+    assert said["alike"]
+
+
+def test_fsdp_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert not shards.wanted(None, "full", True)
+    with pytest.raises(InputError, match="start several with torchrun"):
+        shards.wanted(True, "lora", False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not shards.wanted(None, "lora", False)  # a config for many machines
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert shards.wanted(None, "dora", False)
+    assert not shards.wanted(False, "full", True)
+    with pytest.raises(InputError, match="only that of adapters"):
+        shards.wanted(None, "full", False)
+    with pytest.raises(InputError, match="watch= runs the model in one process alone"):
+        shards.wanted(None, "lora", True)
+    with shards.without_accelerates():
+        assert os.environ["ACCELERATE_USE_FSDP"] == "false"
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_two_processes_do_what_one_does_whole_or_sharded(pruned: Path, tmp_path: Path, method: str) -> None:
     words = [
         "recover",
         pruned,
@@ -480,7 +523,7 @@ def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
         3e-3,
     ]
     words += ["--cutoff", 24, "--batch-size", 8, "--micro-batch-size", 4, "--dropout", 0, "--validation", 8]
-    words = [*map(str, words), "--quiet", "--json", "--output"]
+    words = [*map(str, words), "--method", method, "--quiet", "--json", "--output"]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -499,19 +542,21 @@ def test_two_processes_do_what_one_does(pruned: Path, tmp_path: Path) -> None:
             "llmprune.cli",
         ],
     }
+    launchers["sharded"] = launchers["two"]
     for name, launcher in launchers.items():
         done = subprocess.run(
             [*launcher, *words, str(tmp_path / name)],
-            env=environment,
+            env={**environment, **({"ACCELERATE_USE_FSDP": "true"} if name == "sharded" else {})},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["steps"] == 6  # one process prints
-    one, two = (logits(load_model(tmp_path / name)) for name in launchers)
+    one, two, sharded = (logits(load_model(tmp_path / name)) for name in launchers)
     assert torch.allclose(one, two, atol=1e-3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    torch.testing.assert_close(sharded, two, rtol=1e-5, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(launchers)
 
 
 def test_the_command(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

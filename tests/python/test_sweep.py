@@ -296,7 +296,10 @@ def test_elements_by_gradient_and_by_input(bench: Bench) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     parameter = model.get_parameter(name)
     assert parameter.grad is not None
-    assert torch.allclose(scores[name], (parameter.grad * parameter).abs().detach(), rtol=1e-9)
+    # Norms round to float32, of three samples at once and of one not always alike.
+    torch.testing.assert_close(
+        scores[name], (parameter.grad * parameter).abs().detach(), rtol=1e-5, atol=1e-8
+    )
     seen: list[torch.Tensor] = []
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))

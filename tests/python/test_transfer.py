@@ -187,5 +187,5 @@ def test_the_benchmark_of_streamed_blocks_runs(tmp_path: Path, monkeypatch: pyte
     assert block_weights.way_to is way_to
     floors = {"copy": 2.0, "upload": 4.0, "matmul": 8.0}
     rows = [{"tokens": "128 x 128", "share of the matrix rate": share} for share in (0.7, 0.5)]
-    found = {"floors": floors, "kernels": rows, "compaction": {"rate": 1.8}}
+    found = {"floors": floors, "kernels": rows, "compaction": {"rate on the device": 1.8}}
     assert [claim.holds for claim in gpu.claims_of(found)] == [False, True]
