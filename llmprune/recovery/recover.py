@@ -20,6 +20,7 @@ from llmprune.errors import CheckpointError, InputError, RecoveryError
 from llmprune.out_of_core.scattered import is_scattered
 from llmprune.pipeline.stages import Stages
 from llmprune.recovery import shards
+from llmprune.recovery.company import agree, losing_no_one
 from llmprune.recovery.examples import Data, load_data
 from llmprune.recovery.settings import RATES, check, check_vocabulary, cutoff_of, lamb
 from llmprune.recovery.workfolder import WorkFolder, is_full, signature
@@ -88,6 +89,7 @@ class Recovery:
 
 
 @on_uncompiled
+@losing_no_one()
 def recover(
     model: Any,
     tokenizer: Any = None,
@@ -192,6 +194,7 @@ def recover(
         InputError: an argument outside its domain, data of the wrong form, the extra is missing.
         RecoveryError: the loss diverged; the last good state is kept and named, and ``model`` is as it was before.
         CheckpointError: the disk is full, or the result cannot be written.
+        RankError: the processes of the run differ in data, weights, settings or versions, or one has gone.
     """
     try:
         import accelerate
@@ -264,6 +267,7 @@ def recover(
     with clock.stage("targets", "finding linear maps on the graph"):
         paths = [] if method == "full" else list(targets) if targets is not None else linear_maps(model)
     settings["targets"] = None if targets is None else paths
+    agree(settings, data.hash, signature(model))
     place = WorkFolder(
         work, output, state, {**settings, "data": data.hash, "model": signature(model)}, restart
     )

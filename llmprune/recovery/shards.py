@@ -106,7 +106,8 @@ class Shards:
         ours = {id(p) for p in trained}
         everything = (*wrapped.named_parameters(), *wrapped.named_buffers())
         # DistributedDataParallel is to look after the adapters alone; it asks the module for this.
-        wrapped._ddp_params_and_buffers_to_ignore = [name for name, t in everything if id(t) not in ours]  # type: ignore[assignment]
+        rest: Any = [name for name, tensor in everything if id(tensor) not in ours]
+        wrapped._ddp_params_and_buffers_to_ignore = rest
 
     @torch.no_grad()
     def gather(self) -> None:
