@@ -271,7 +271,9 @@ class FusedLoss(torch.autograd.Function):
         """Online logsumexp over slices of rows (Milakov and Gimelshein 2018)."""
         samples, length = ids.shape
         x = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        targets = ids[:, 1:].reshape(-1)
+        targets = (
+            ids[:, 1:].reshape(-1).to(x.device)
+        )  # a device_map may have the projection on another device
         top = torch.full((len(x),), -torch.inf, dtype=torch.float32, device=x.device)
         total, picked = torch.zeros_like(top), torch.zeros_like(top)
         step = _slice_rows(len(x))

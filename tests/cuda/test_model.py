@@ -150,6 +150,31 @@ def test_blocks_that_come_from_files_score_as_in_memory(
         assert all(parameter.is_meta for parameter in opened.parameters())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_on_two_devices_is_scored_cut_and_saved_in_place(
+    model: torch.nn.Module, checkpointing: bool, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("it needs two CUDA devices")
+    from accelerate import dispatch_model
+
+    graph = llmprune.trace(model)
+    want = llmprune.score(model, graph, ids(model), "element1", quiet=True)
+    layers = {f"model.layers.{i}": i % 2 for i in range(model.config.num_hidden_layers)}
+    places = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1, **layers}
+    spread = dispatch_model(copy.deepcopy(model), device_map=places)
+    got = llmprune.score(spread, graph, ids(model), "element1", checkpointing=checkpointing, quiet=True)
+    for axis in want:
+        np.testing.assert_allclose(got[axis], want[axis], rtol=1e-3, atol=1e-7)
+    plan = llmprune.plan(graph, want, ratio=0.2)
+    llmprune.compact(spread, plan)
+    llmprune.compact(model, plan)
+    saved = llmprune.save_pretrained(spread, tmp_path / "pruned", None)
+    again = llmprune.from_pretrained(saved.directory)
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+
+
 def alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Code in a process of its own, whose device may be ruined."""
     return subprocess.run(
