@@ -15,7 +15,6 @@ which all blocks of a kind share the weights of the first: the survey asks who u
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -24,7 +23,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from llmprune import __version__
 from llmprune.errors import InputError
 from llmprune.machine.budget import resident_memory
 from llmprune.out_of_core.block_memory import Gauge, Schedule, choose, gauge, sizes_of
@@ -37,8 +35,8 @@ from llmprune.out_of_core.block_weights import (
     stands,
     surrogates,
 )
-from llmprune.out_of_core.boundaries import Boundaries, Journal
-from llmprune.out_of_core.stored import Source, Streaming, source_of
+from llmprune.out_of_core.boundaries import Boundaries, Journal, signature
+from llmprune.out_of_core.stored import Streaming, source_of
 from llmprune.scoring.calibration import Batch
 from llmprune.scoring.importance import Importance
 from llmprune.scoring.interpose import Interposer
@@ -126,7 +124,13 @@ def block_streamed_sums(
         )
         journal = None
         if streaming.state is not None:
-            journal = Journal(streaming.state, _signature(task, source, len(blocks)), device)
+            depends = signature(
+                *(model, source, batch, importance),
+                scored=sorted(task.parameters),
+                stacks=sorted(task.stacks),
+                blocks=len(blocks),
+            )
+            journal = Journal(streaming.state, depends, device)
         weights = Weights(source, parameters, own, schedule.buffers, device)
         boundaries = Boundaries(schedule.apart, journal, device)
         try:
@@ -148,22 +152,6 @@ def block_streamed_sums(
         if journal is not None:
             journal.remove()
         return sums
-
-
-def _signature(task: Task, source: Source, blocks: int) -> dict[str, Any]:
-    """What the results of single blocks depend on."""
-    files = sorted({stored.file for stored in source.tensors.values()})
-    return {
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "class": type(task.model).__name__,
-        "config": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),
-        "calibration": task.batch.hash,
-        "importance": task.importance.name,
-        "scored": sorted(task.parameters),
-        "stacks": sorted(task.stacks),
-        "blocks": blocks,
-        "versions": [__version__, torch.__version__],
-    }
 
 
 def _surveyed(task: Task, outside: Outside) -> Route:

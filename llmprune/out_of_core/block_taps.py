@@ -10,7 +10,7 @@ import torch
 
 from llmprune.errors import InputError
 from llmprune.machine.budget import available_memory, resident_memory, spell_bytes
-from llmprune.out_of_core.block_forward import by_blocks
+from llmprune.out_of_core.block_forward import Memory, by_blocks
 from llmprune.out_of_core.block_weights import exclusive, kinds_of
 from llmprune.out_of_core.stored import source_of
 from llmprune.repair.consumers import Taps
@@ -25,7 +25,11 @@ _LIVE = 10
 
 @contextmanager
 def tapping(
-    model: Any, taps: Taps, batch: Batch, arrived: Callable[[str], object] = lambda name: None
+    model: Any,
+    taps: Taps,
+    batch: Batch,
+    arrived: Callable[[str], object] = lambda name: None,
+    memory: Memory | None = None,
 ) -> Iterator[None]:
     """Within the block ``taps`` see ``model`` at work; one whose weights are in their files runs block by block.
 
@@ -34,6 +38,7 @@ def tapping(
         taps: What is to see it.
         batch: Samples like those it will be run on.
         arrived: Called with the name of each parameter before it comes into memory, where that is only now.
+        memory: Of the blocks that an earlier process has done; they are not run, and not seen.
     """
     if source_of(model) is None:
         with taps:
@@ -45,7 +50,7 @@ def tapping(
         taps.place(name, values)
 
     sketch = batch.sketch(SKETCH_TOKENS)
-    run = by_blocks(model, lambda: logits_of(model, sketch.inputs), sketch.samples, place, taps.names)
+    run = by_blocks(model, lambda: logits_of(model, sketch.inputs), sketch.samples, place, taps.names, memory)
     with run, taps:
         yield
 

@@ -9,6 +9,7 @@ process that is killed can be followed by another that goes on from there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -21,10 +22,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
+from llmprune import __version__
 from llmprune.checkpoints.atomic import write_file
 from llmprune.errors import CheckpointError, InputError
 from llmprune.out_of_core.reading import forget
+from llmprune.out_of_core.stored import Source
+from llmprune.scoring.calibration import Batch
+from llmprune.scoring.importance import Importance
 from llmprune.scoring.reduction import Sums
 
 _SIGNATURE = "signature.json"
@@ -125,6 +131,22 @@ def _read_one(path: Path, name: str) -> torch.Tensor:
         return tensor
 
 
+def signature(
+    model: nn.Module, source: Source, batch: Batch, importance: Importance, **further: Any
+) -> dict[str, Any]:
+    """What the results of single blocks depend on, as JSON; ``further`` is what else they do."""
+    files = sorted({stored.file for stored in source.tensors.values()})
+    return {
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "class": type(model).__name__,
+        "config": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),
+        "calibration": batch.hash,
+        "importance": importance.name,
+        "versions": [__version__, torch.__version__],
+        **further,
+    }
+
+
 class Journal:
     """A folder with the results of blocks that are done.
 
@@ -181,6 +203,28 @@ class Journal:
         self._path = path
         found = [tensors.get(str(i)) for i in range(count)]
         return [None if tensor is None else tensor.to(self._device) for tensor in found]
+
+    def drop(self, kind: str, number: int | str) -> None:
+        """Take a result away that nobody will ask for."""
+        self._tensors(kind, number).unlink(missing_ok=True)
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down a JSON value.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            write_file(self.folder / f"{name}.json", json.dumps(value).encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"the state of a streamed job cannot be written to {self.folder} ({error}): free some space there"
+            ) from error
+
+    def noted(self, name: str) -> Any:
+        """What :meth:`note` wrote; None if it has not."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def place_of(self, tensor: torch.Tensor) -> tuple[Path, str, bool] | None:
         """Where a tensor lies if it is part of the latest result."""

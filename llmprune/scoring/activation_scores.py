@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,12 +23,16 @@ import torch
 from torch import nn
 
 from llmprune.errors import CalibrationError, InputError
+from llmprune.out_of_core.block_forward import Memory
 from llmprune.out_of_core.block_taps import check_room, tapping
+from llmprune.out_of_core.boundaries import Journal, signature
+from llmprune.out_of_core.stored import source_of
 from llmprune.repair.consumers import Taps, Use
 from llmprune.repair.moments import Consumer, Moments
 from llmprune.scoring.calibration import Batch
 from llmprune.scoring.importance import Importance, lookup
 from llmprune.scoring.loss import SampleLosses, check_losses, logits_of
+from llmprune.scoring.reduction import Sums
 
 if TYPE_CHECKING:
     from llmprune.out_of_core.stored import Streaming
@@ -86,20 +90,30 @@ def activation_scores(
     if streaming is not None:
         widest = max((w.shape[dim] for name, w in weights.items() for dim in inner[name]), default=0)
         check_room(model, batch.tokens, 4 * 8 * widest**2, streaming.budget, f"scoring by {rule.name}")
-    if rule.gram or streaming is not None:
-        taps = Taps(weights, inner, lambda use, _x, _y: expected.update([use]))
-        with torch.no_grad(), tapping(model, taps, batch):
-            logits_of(model, batch.sketch(_SKETCH).inputs)
-    if rule.gram and losses_of is not None:
-        if streaming is None:
-            curvature = _curvature(model, weights, inner, batch, losses_of)
-        else:
-            curvature = _streamed_curvature(
-                model, sorted(weights), inner, set(expected), batch, losses_of, streaming
-            )
+    journal = _journal(model, axes, outer, batch, rule, streaming)
+    noted = None if journal is None else journal.noted("uses")
+    if noted is not None:
+        expected = Counter({Use(*fields): count for fields, count in noted["expected"]})
+        curvature = {Use(*fields): value for fields, value in noted["curvature"]}
+    else:
+        if rule.gram or streaming is not None:
+            taps = Taps(weights, inner, lambda use, _x, _y: expected.update([use]))
+            with torch.no_grad(), tapping(model, taps, batch):
+                logits_of(model, batch.sketch(_SKETCH).inputs)
+        if rule.gram and losses_of is not None:
+            if streaming is None:
+                curvature = _curvature(model, weights, inner, batch, losses_of)
+            else:
+                curvature = _streamed_curvature(
+                    model, sorted(weights), inner, set(expected), batch, losses_of, streaming
+                )
+        if journal is not None:
+            told: dict[str, Mapping[Use, float]] = {"expected": expected, "curvature": curvature}
+            journal.note("uses", {k: [[astuple(use), n] for use, n in v.items()] for k, v in told.items()})
     for counts in (expected, Counter[Use]()):
         work = _Scorer(graph, weights, axes, outer, rule, curvature, counts, len(parts))
-        with torch.no_grad(), tapping(model, Taps(weights, inner, work.see), batch):
+        memory = None if journal is None else Memory(journal, work.restore, work.since)
+        with torch.no_grad(), tapping(model, Taps(weights, inner, work.see), batch, memory=memory):
             for part in parts:
                 work.begin()
                 with contextlib.suppress(_Done):
@@ -114,7 +128,25 @@ def activation_scores(
                 "in memory: load the model, or score by gradients"
             )
     work.finish()
+    if journal is not None:
+        journal.remove()
     return work.flat, work.nested
+
+
+def _journal(
+    model: nn.Module,
+    axes: Sequence[Axis],
+    outer: Mapping[int, Around],
+    batch: Batch,
+    rule: Importance,
+    streaming: Streaming | None,
+) -> Journal | None:
+    """Where a streamed pass keeps what its blocks came to, if it is to."""
+    source = source_of(model)
+    if streaming is None or streaming.state is None or source is None:
+        return None
+    of = {"axes": sorted([axis.id, axis.size] for axis in axes), "apart": sorted(outer)}
+    return Journal(streaming.state, signature(model, source, batch, rule, **of))
 
 
 def _curvature(
@@ -251,6 +283,7 @@ class _Scorer:
         self._expected, self._here = expected.total(), 0
         self._moments: dict[Use, Moments] = {}
         self._scored: set[int] = set()
+        self._told: set[int] = set()
         self.late = False
         self.flat: dict[int, np.ndarray] = {}
         self.nested: dict[int, np.ndarray] = {}
@@ -279,6 +312,28 @@ class _Scorer:
         if self.late or self._here == self._expected:
             raise _Done
 
+    def since(self) -> Sums | None:
+        """What has been scored since this was last asked; None while moments of something unscored are held."""
+        if self._moments or self.late:
+            return None
+        new = self._scored - self._told
+        self._told |= new
+        found = {"flat": self.flat, "nested": self.nested}
+        return {f"{kind}-{n}": [of[n]] for kind, of in found.items() for n in sorted(new) if n in of}
+
+    def restore(self, sums: Sums) -> None:
+        """Take over what an earlier process had scored; its consumers will not be met again."""
+        for name, (values,) in sums.items():
+            kind, _, number = name.rpartition("-")
+            (self.flat if kind == "flat" else self.nested)[int(number)] = values
+            self._scored.add(int(number))
+        self._told |= self._scored
+        waiting = self._waiting()
+        for use, count in self._left.items():
+            if (use.name, use.inner) not in waiting:
+                self._expected -= count
+                self._left[use] = 0
+
     def finish(self) -> None:
         """Score what is left."""
         for axis in self._axes:
@@ -288,11 +343,15 @@ class _Scorer:
         self.flat = {axis: self.flat[axis] for axis in self._axes if axis in self.flat}
         self.nested = {axis: self.nested[axis] for axis in self._axes if axis in self.nested}
 
-    def _release(self) -> None:
-        """Let go of moments that no axis waits for."""
-        waiting = {
+    def _waiting(self) -> set[tuple[str, int]]:
+        """The places of axes that are not scored yet."""
+        return {
             place for axis, places in self._places.items() if axis not in self._scored for place in places
         }
+
+    def _release(self) -> None:
+        """Let go of moments that no axis waits for."""
+        waiting = self._waiting()
         for use in [use for use in self._moments if (use.name, use.inner) not in waiting]:
             del self._moments[use]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -23,6 +24,7 @@ from llmprune.cli import main
 from llmprune.errors import CheckpointError, InputError
 from llmprune.machine.budget import parse_bytes, resident_memory, spell_bytes
 from llmprune.out_of_core import block_memory, block_stream
+from llmprune.out_of_core.block_weights import Weights
 from llmprune.out_of_core.stored import open_model, opened, source_of
 from llmprune.scoring import loss
 from llmprune.scoring.score import score
@@ -124,6 +126,27 @@ def test_importances_read_off_activations(place, name):
         assert set(got) == set(want)
         assert got.comparable is want.comparable
         assert worst(got, want) < 1e-6, importance
+
+
+def test_activations_are_read_with_a_few_blocks_in_memory(tmp_path, monkeypatch):
+    layers = 6
+    model = build("llama", num_hidden_layers=layers)
+    model.save_pretrained(tmp_path / "m")
+    held: dict[int, set[int]] = {}
+    read = Weights.present
+
+    @contextlib.contextmanager
+    def watched(self, number, following):
+        with read(self, number, following):
+            yield
+            inside = {n: p for n, p in self._parameters.items() if ".layers." in n}
+            real = [n for n, p in inside.items() if p.untyped_storage().nbytes() >= p.nbytes]
+            held.setdefault(number, set()).update(int(n.split(".layers.")[1].split(".")[0]) for n in real)
+
+    monkeypatch.setattr(Weights, "present", watched)
+    score(tmp_path / "m", None, ids_of(), importance="fluctuation", kinds=("head", "ffn"), stream=True)
+    assert sorted(held) == list(range(layers))
+    assert all(blocks == {number} for number, blocks in held.items()), held
 
 
 @pytest.mark.parametrize("family", ["t5", "whisper", "bert"])

@@ -91,21 +91,37 @@ def put(self, *args):
 
 boundaries.Journal.put = put
 ids = torch.tensor(eval(sys.argv[4]))
-scores = score(sys.argv[1], None, ids, importance="element2", stream=True, state=sys.argv[3], quiet=True)
+scores = score(sys.argv[1], None, ids, importance=sys.argv[6], stream=True, state=sys.argv[3], quiet=True,
+               kinds=eval(sys.argv[7]))
 scores.save(sys.argv[5])
 print(count)
 """
 
 
+# Of two blocks forward and backward are put down; of a pass that reads activations forward, but for the last.
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_killed_process_is_followed_by_one_that_goes_on(place, tmp_path, after):
-    folder = place
-    want = score(folder, None, ids_of(), importance="element2")
+@pytest.mark.parametrize(
+    ("importance", "after", "left"),
+    [("element2", 1, 3), ("element2", 2, 2), ("element2", 3, 1), ("fluctuation", 1, 0), ("obs", 1, 0)],
+)
+def test_a_killed_process_is_followed_by_one_that_goes_on(place, tmp_path, importance, after, left):
+    folder, kinds = (
+        place,
+        None if importance == "element2" else ("head", "ffn"),
+    )  # axes that lie inside a block
+    want = score(folder, None, ids_of(), importance=importance, kinds=kinds)
     state, out = tmp_path / "state", tmp_path / "scores.npz"
 
     def run(kill_after: int):
-        words = [str(folder), str(kill_after), str(state), repr(ids_of().tolist()), str(out)]
+        words = [
+            str(folder),
+            str(kill_after),
+            str(state),
+            repr(ids_of().tolist()),
+            str(out),
+            importance,
+            repr(kinds),
+        ]
         return subprocess.run(
             [sys.executable, "-c", _KILLED, *words], capture_output=True, text=True, check=False
         )
@@ -116,7 +132,7 @@ def test_a_killed_process_is_followed_by_one_that_goes_on(place, tmp_path, after
     assert not out.exists()
     done = run(-1)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == 4 - after  # two blocks, forward and backward: none is done twice
+    assert int(done.stdout) == left  # none is done twice
     assert worst(llmprune.Scores.load(out), want) < 1e-6
     assert not state.exists()
 
