@@ -17,7 +17,6 @@ FORBIDDEN = {
     "eval",
     "compile",
     "__import__",
-    "input",
     "breakpoint",
     "globals",
     "vars",
