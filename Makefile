@@ -11,10 +11,10 @@ export OMP_NUM_THREADS ?= 2
 
 PY_SOURCES := setup.py llmprune tests $(wildcard demo benchmarks docs/*.py)
 C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/cuda/*.[ch] csrc/binding/*.[ch] \
-                         csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch])
+                         csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch] tests/fuzz/*.[ch])
 CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind arm windows pytest bench architectures docs cuda cuda-test cuda-bench release clean
+.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind fuzz arm windows pytest bench architectures docs cuda cuda-test cuda-bench release clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint      ruff and clang-format, changing nothing;  make fmt applies them"
 	@echo "make types     mypy, and stubtest: does _core.pyi describe the extension?"
 	@echo "make ctest     the C tests; asan, tsan, valgrind: the same under a checker"
+	@echo "make fuzz      libFuzzer on the targets of tests/fuzz, FUZZ_SECONDS=600 each; clang's, and none of make test"
 	@echo "make portable  is csrc/core ISO C11 and nothing else?"
 	@echo "make arm       the C tests on an emulated aarch64;  make windows: on Windows, under wine"
 	@echo "make pytest    the Python tests (ARGS=... goes to pytest)"

@@ -1,11 +1,12 @@
-# Builds and runs the C tests in six variants under build/c/VARIANT.  Included by the Makefile of the repository.
+# Builds and runs the C tests in six variants under build/c/VARIANT, and the fuzzer (clang's) under build/fuzz.  Included by the Makefile of the repository.
 
-C_LIBRARY := $(wildcard csrc/core/*.c csrc/kernels/cpu/*.c csrc/kernels/cuda/*.c)
+C_LIBRARY := $(wildcard csrc/core/*.c csrc/kernels/cpu/*.c csrc/kernels/cuda/*.c) csrc/binding/view.c
 C_TESTS   := $(wildcard tests/core/test_*.c tests/kernels/test_*.c)
 C_SHARED  := $(filter-out $(C_TESTS),$(wildcard tests/core/*.c tests/kernels/*.c))
+FUZZ_TARGETS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 
 C_FLAGS  := -std=c11 -D_GNU_SOURCE -pthread -g -Wall -Wextra -Wshadow -Wconversion -Werror -Icsrc -Itests/core \
-            -Itests/kernels -MMD -MP
+            -Itests/kernels -Itests/fuzz -MMD -MP
 C_plain    := -O2
 C_asan     := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 C_tsan     := -O1 -fsanitize=thread
@@ -37,12 +38,18 @@ build/c/$(1)/%.o: %.c
 build/c/$(1)/%.run: build/c/$(1)/%.o $$(patsubst %.c,build/c/$(1)/%.o,$$(C_LIBRARY) $$(C_SHARED))
 	@$$(or $$(C_CC_$(1)),$$(CC)) -pthread $$(C_$(1)) $$^ -lm -o $$@
 
+build/c/$(1)/fuzz_%: build/c/$(1)/tests/fuzz/fuzz_%.o build/c/$(1)/tests/fuzz/replay.o \
+                     $$(patsubst %.c,build/c/$(1)/%.o,$$(C_LIBRARY) $$(C_SHARED))
+	@$$(or $$(C_CC_$(1)),$$(CC)) -pthread $$(C_$(1)) $$^ -lm -o $$@
+
 .PRECIOUS: build/c/$(1)/%.o build/c/$(1)/%.run
 .PHONY: run-c-$(1)
-run-c-$(1): $$(patsubst %.c,build/c/$(1)/%.run,$$(C_TESTS))
-	@set -e; for program in $$^; do echo "$(1) run $$$$program"; $$(C_RUN_$(1)) $$$$program; done
+run-c-$(1): $$(patsubst %.c,build/c/$(1)/%.run,$$(C_TESTS)) $$(FUZZ_TARGETS:%=build/c/$(1)/fuzz_%)
+	@set -e; for program in $$(filter %.run,$$^); do echo "$(1) run $$$$program"; $$(C_RUN_$(1)) $$$$program; done
+	@set -e; for target in $$(FUZZ_TARGETS); do $$(C_RUN_$(1)) build/c/$(1)/fuzz_$$$$target tests/fuzz/seeds/$$$$target/*; done
 
--include $$(patsubst %.c,build/c/$(1)/%.d,$$(C_LIBRARY) $$(C_SHARED) $$(C_TESTS))
+-include $$(patsubst %.c,build/c/$(1)/%.d,$$(C_LIBRARY) $$(C_SHARED) $$(C_TESTS) tests/fuzz/replay.c \
+          $$(FUZZ_TARGETS:%=tests/fuzz/fuzz_%.c))
 endef
 
 $(foreach variant,plain asan tsan valgrind arm windows,$(eval $(call c_variant,$(variant))))
@@ -94,6 +101,31 @@ asan:
 
 tsan valgrind:
 	$(MAKE) --no-print-directory -j $(JOBS) run-c-$@
+
+# Each target of tests/fuzz for FUZZ_SECONDS, from the committed seeds on; what it finds is left in build/fuzz/NAME.
+FUZZ_CC      ?= clang
+FUZZ_SECONDS ?= 600
+FUZZ_FLAGS   := -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c $(wildcard tests/fuzz/*.h tests/core/*.h tests/kernels/*.h csrc/*/*.h csrc/kernels/*/*.h) \
+                   $(C_LIBRARY) $(C_SHARED)
+	@mkdir -p $(@D)
+	@echo "fuzz cc $<"
+	@$(FUZZ_CC) $(filter-out -MMD -MP,$(C_FLAGS)) $(FUZZ_FLAGS) $(filter %.c,$^) -lm -o $@
+
+.PRECIOUS: build/fuzz/fuzz_%
+.PHONY: fuzz $(FUZZ_TARGETS:%=fuzz-%)
+fuzz: $(FUZZ_TARGETS:%=fuzz-%)
+$(FUZZ_TARGETS:%=fuzz-%): fuzz-%: fuzz-here build/fuzz/fuzz_%
+	@mkdir -p build/fuzz/$*/corpus
+	cd build/fuzz/$* && ../fuzz_$* -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=2048 -max_len=1024 \
+	    -verbosity=0 -print_final_stats=1 corpus $(abspath tests/fuzz/seeds/$*)
+
+.PHONY: fuzz-here
+fuzz-here:
+	@echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' | \
+	    $(FUZZ_CC) -fsanitize=fuzzer -x c - -o /dev/null 2>/dev/null || { \
+	    echo "make fuzz: $(FUZZ_CC) is not here, or without libFuzzer; on Debian: apt-get install clang" >&2; exit 1; }
 
 # The core asks for nothing beyond ISO C11: no POSIX, no extension.
 portable:

@@ -42,6 +42,10 @@ PyObject *lp_raise(const lp_module_state *state, const lp_error *err);
 /* errors.c: what a call without a result returns: NULL if an exception is set already, None for LP_OK, else lp_raise. */
 PyObject *lp_finish(const lp_module_state *state, lp_status status, const lp_error *err);
 
+/* tape.c: the items of a sequence as a new tuple, since reading one (__index__, __dlpack__) may run code that changes the list
+ * it stands in.  NULL with TypeError, which says `what`, where `object` is no sequence. */
+PyObject *lp_binding_items(PyObject *object, const char *what);
+
 /* kernels.c: choose the CPU kernels (environment variable LLMPRUNE_SIMD, else the best) and add the functions that call
  * them to `module`.  -1 with an exception set on failure. */
 int lp_binding_add_kernels(PyObject *module, lp_module_state *state);

@@ -331,6 +331,10 @@ static PyObject *graph_removed_positions(PyObject *self, PyObject *args)
         PyArrayObject *indices;
         if ((id == -1 && PyErr_Occurred()) || (axis = axis_or_error(self, id)) == NULL)
             goto done;
+        if (gone[id] != NULL) { /* by an int of a subclass that is not equal to itself */
+            PyErr_Format(PyExc_ValueError, "axis %zd is listed twice", id);
+            goto done;
+        }
         indices = int_array(value, 1);
         if (indices == NULL)
             goto done;

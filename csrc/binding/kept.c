@@ -23,6 +23,10 @@ int lp_kept_adopt(lp_kept_set *set, const lp_module_state *state, PyObject *dict
                          tensor->ndim, tensor->name);
             goto done;
         }
+        if (set->views[d].owner != LP_OWNER_NONE) { /* by a key that is no int, or an odd one */
+            PyErr_Format(state->TensorError, "kept: dimension %ld is listed twice", d);
+            goto done;
+        }
         if (lp_view_adopt_array(&set->views[d], state, value, names[d], LP_ELEMENT_I64, 1, 0) < 0 ||
             lp_view_positions(state, &set->views[d], tensor->shape[d]) < 0 ||
             lp_view_apart(state, written, &set->views[d]) < 0)

@@ -248,7 +248,7 @@ static PyObject *tensor_scores(PyObject *module, PyObject *args, PyObject *keywo
         parse_kind(kind_text, &kind) < 0)
         return NULL;
     place.stream = (uintptr_t)stream;
-    entries = PySequence_Fast(outs, "outs must be a sequence with one array (or None) for each dimension");
+    entries = lp_binding_items(outs, "outs must be a sequence with one array (or None) for each dimension");
     if (entries == NULL)
         return NULL;
     if (lp_view_adopt(&views[WEIGHT], state, &place, weight, "weight", LP_VIEW_CONTIGUOUS) < 0 ||
@@ -261,13 +261,13 @@ static PyObject *tensor_scores(PyObject *module, PyObject *args, PyObject *keywo
         adopt_beside(&views[SQUARE], state, &place, square, "square", kind == LP_SCORE_ELEMENT2,
                      &views[WEIGHT], &values[SQUARE]) < 0)
         goto done;
-    if (PySequence_Fast_GET_SIZE(entries) != views[WEIGHT].ndim) {
+    if (PyTuple_GET_SIZE(entries) != views[WEIGHT].ndim) {
         PyErr_Format(state->TensorError, "outs has %zd entries for the %d dimensions of weight",
-                     PySequence_Fast_GET_SIZE(entries), views[WEIGHT].ndim);
+                     PyTuple_GET_SIZE(entries), views[WEIGHT].ndim);
         goto done;
     }
     for (int d = 0; d < views[WEIGHT].ndim; d++) {
-        PyObject *entry = PySequence_Fast_GET_ITEM(entries, d);
+        PyObject *entry = PyTuple_GET_ITEM(entries, d);
         shape[d] = (size_t)views[WEIGHT].shape[d];
         if (entry == Py_None)
             continue;

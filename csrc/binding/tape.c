@@ -12,19 +12,30 @@ typedef struct {
     IntList first, second;
 } Reader;
 
+PyObject *lp_binding_items(PyObject *object, const char *what)
+{
+    PyObject *fast = PySequence_Fast(object, what), *items = NULL;
+
+    if (fast != NULL) {
+        items = PySequence_Tuple(fast);
+        Py_DECREF(fast);
+    }
+    return items;
+}
+
 /* Read a sequence of ints into `list`, replacing what it held.  -1 with an exception set. */
 static int read_ints(PyObject *object, IntList *list, const char *what)
 {
-    PyObject *fast = PySequence_Fast(object, what);
+    PyObject *items = lp_binding_items(object, what);
     Py_ssize_t length;
 
-    if (fast == NULL)
+    if (items == NULL)
         return -1;
-    length = PySequence_Fast_GET_SIZE(fast);
+    length = PyTuple_GET_SIZE(items);
     if ((size_t)length > list->capacity) {
         int64_t *grown = PyMem_Resize(list->items, int64_t, (size_t)length * 2);
         if (grown == NULL) {
-            Py_DECREF(fast);
+            Py_DECREF(items);
             PyErr_NoMemory();
             return -1;
         }
@@ -32,14 +43,14 @@ static int read_ints(PyObject *object, IntList *list, const char *what)
         list->capacity = (size_t)length * 2;
     }
     for (Py_ssize_t i = 0; i < length; i++) {
-        list->items[i] = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(fast, i));
+        list->items[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(items, i));
         if (list->items[i] == -1 && PyErr_Occurred()) {
-            Py_DECREF(fast);
+            Py_DECREF(items);
             return -1;
         }
     }
     list->count = (size_t)length;
-    Py_DECREF(fast);
+    Py_DECREF(items);
     return 0;
 }
 
@@ -61,7 +72,7 @@ static int read_role(PyObject *object, lp_tensor_role *role)
 /* [sizes, dtype class, storage, role, ...] */
 static int read_tensor(Reader *reader, PyObject *entry)
 {
-    PyObject *fast = PySequence_Fast(entry, "a tensor of the tape is a list");
+    PyObject *items = lp_binding_items(entry, "a tensor of the tape is a list");
     lp_tensor_role role;
     const char *class;
     uint64_t storage;
@@ -69,20 +80,20 @@ static int read_tensor(Reader *reader, PyObject *entry)
     lp_error err = {0};
     int result = -1;
 
-    if (fast == NULL)
+    if (items == NULL)
         return -1;
-    if (PySequence_Fast_GET_SIZE(fast) < 4) {
+    if (PyTuple_GET_SIZE(items) < 4) {
         PyErr_SetString(PyExc_ValueError,
                         "a tensor of the tape has sizes, dtype class, storage, role and name");
         goto done;
     }
-    if (read_ints(PySequence_Fast_GET_ITEM(fast, 0), sizes, "a tensor's sizes are a list of ints") < 0)
+    if (read_ints(PyTuple_GET_ITEM(items, 0), sizes, "a tensor's sizes are a list of ints") < 0)
         goto done;
-    class = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 1));
+    class = PyUnicode_AsUTF8(PyTuple_GET_ITEM(items, 1));
     if (class == NULL)
         goto done;
-    storage = PyLong_AsUnsignedLongLongMask(PySequence_Fast_GET_ITEM(fast, 2));
-    if (PyErr_Occurred() || read_role(PySequence_Fast_GET_ITEM(fast, 3), &role) < 0)
+    storage = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(items, 2));
+    if (PyErr_Occurred() || read_role(PyTuple_GET_ITEM(items, 3), &role) < 0)
         goto done;
     if (lp_graph_add_tensor(reader->graph, sizes->items, sizes->count, role,
                             class[0] == 'i' || class[0] == 'b', storage, &err) != LP_OK)
@@ -90,35 +101,34 @@ static int read_tensor(Reader *reader, PyObject *entry)
     else
         result = 0;
 done:
-    Py_DECREF(fast);
+    Py_DECREF(items);
     return result;
 }
 
 /* [name, flags, code, outputs, ...] */
 static int read_op(Reader *reader, PyObject *entry)
 {
-    PyObject *fast = PySequence_Fast(entry, "an operation of the tape is a list");
+    PyObject *items = lp_binding_items(entry, "an operation of the tape is a list");
     const char *name;
     unsigned long flags;
     IntList *code = &reader->first, *outputs = &reader->second;
     lp_error err = {0};
     int result = -1;
 
-    if (fast == NULL)
+    if (items == NULL)
         return -1;
-    if (PySequence_Fast_GET_SIZE(fast) < 4) {
+    if (PyTuple_GET_SIZE(items) < 4) {
         PyErr_SetString(PyExc_ValueError,
                         "an operation of the tape has name, flags, code, outputs and scope");
         goto done;
     }
-    name = PyUnicode_AsUTF8(PySequence_Fast_GET_ITEM(fast, 0));
+    name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(items, 0));
     if (name == NULL)
         goto done;
-    flags = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(fast, 1));
+    flags = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(items, 1));
     if (PyErr_Occurred() ||
-        read_ints(PySequence_Fast_GET_ITEM(fast, 2), code, "an operation's code is a list of ints") < 0 ||
-        read_ints(PySequence_Fast_GET_ITEM(fast, 3), outputs, "an operation's outputs are a list of ints") <
-            0)
+        read_ints(PyTuple_GET_ITEM(items, 2), code, "an operation's code is a list of ints") < 0 ||
+        read_ints(PyTuple_GET_ITEM(items, 3), outputs, "an operation's outputs are a list of ints") < 0)
         goto done;
     if (lp_graph_add_op(reader->graph, name, (uint32_t)flags, code->items, code->count, outputs->items,
                         outputs->count, &err) != LP_OK)
@@ -126,20 +136,20 @@ static int read_op(Reader *reader, PyObject *entry)
     else
         result = 0;
 done:
-    Py_DECREF(fast);
+    Py_DECREF(items);
     return result;
 }
 
 static int each(Reader *reader, PyObject *list, const char *what, int (*read)(Reader *, PyObject *))
 {
-    PyObject *fast = PySequence_Fast(list, what);
+    PyObject *items = lp_binding_items(list, what);
     int result = 0;
 
-    if (fast == NULL)
+    if (items == NULL)
         return -1;
-    for (Py_ssize_t i = 0; result == 0 && i < PySequence_Fast_GET_SIZE(fast); i++)
-        result = read(reader, PySequence_Fast_GET_ITEM(fast, i));
-    Py_DECREF(fast);
+    for (Py_ssize_t i = 0; result == 0 && i < PyTuple_GET_SIZE(items); i++)
+        result = read(reader, PyTuple_GET_ITEM(items, i));
+    Py_DECREF(items);
     return result;
 }
 

@@ -5,23 +5,13 @@
 static const struct {
     uint8_t code, bits;
     lp_element element;
-    const char *name;
 } elements[] = {
-    {kDLFloat, 64, LP_ELEMENT_F64, "float64"}, {kDLFloat, 32, LP_ELEMENT_F32, "float32"},
-    {kDLFloat, 16, LP_ELEMENT_F16, "float16"}, {kDLBfloat, 16, LP_ELEMENT_BF16, "bfloat16"},
-    {kDLInt, 8, LP_ELEMENT_I8, "int8"},        {kDLUInt, 8, LP_ELEMENT_U8, "uint8"},
-    {kDLInt, 16, LP_ELEMENT_I16, "int16"},     {kDLInt, 32, LP_ELEMENT_I32, "int32"},
-    {kDLInt, 64, LP_ELEMENT_I64, "int64"},     {kDLBool, 8, LP_ELEMENT_BOOL, "bool"},
+    {kDLFloat, 64, LP_ELEMENT_F64},   {kDLFloat, 32, LP_ELEMENT_F32}, {kDLFloat, 16, LP_ELEMENT_F16},
+    {kDLBfloat, 16, LP_ELEMENT_BF16}, {kDLInt, 8, LP_ELEMENT_I8},     {kDLUInt, 8, LP_ELEMENT_U8},
+    {kDLInt, 16, LP_ELEMENT_I16},     {kDLInt, 32, LP_ELEMENT_I32},   {kDLInt, 64, LP_ELEMENT_I64},
+    {kDLBool, 8, LP_ELEMENT_BOOL},
 };
 enum { ELEMENTS = sizeof elements / sizeof elements[0] };
-
-const char *lp_element_name(lp_element element)
-{
-    for (size_t i = 0; i < ELEMENTS; i++)
-        if (elements[i].element == element)
-            return elements[i].name;
-    return "unknown";
-}
 
 DLDataType lp_element_dlpack(lp_element element)
 {
@@ -136,6 +126,11 @@ static int refuse_export(const lp_module_state *state, PyObject *object, const c
 /* Whether a call at `place` may use memory of DLPack's device (type, index), which view->device then names. */
 static int check_place(lp_view *view, const lp_module_state *state, lp_place *place, long type, long index)
 {
+    if (type == kDLCUDA && (index < 0 || index > INT_MAX)) {
+        PyErr_Format(state->TensorError, "%s: the tensor is on the impossible device number %ld", view->name,
+                     index);
+        return -1;
+    }
     view->device = type == kDLCUDA ? (int)index : -1;
     if (!on_cpu(type) && (type != kDLCUDA || place == NULL)) {
         PyErr_Format(state->TensorError,
@@ -221,61 +216,12 @@ done:
 
 /* --- reading a DLTensor -------------------------------------------------------------------------------------------- */
 
-static int read_dtype(lp_view *view, const lp_module_state *state, const DLTensor *tensor)
-{
-    for (size_t i = 0; i < ELEMENTS; i++) {
-        if (elements[i].code == tensor->dtype.code && elements[i].bits == tensor->dtype.bits &&
-            tensor->dtype.lanes == 1) {
-            view->element = elements[i].element;
-            view->itemsize = elements[i].bits / 8u;
-            return 0;
-        }
-    }
-    PyErr_Format(
-        state->TensorError,
-        "%s: unsupported element type (DLPack code %d, %d bits, %d lanes); convert the tensor to float64, "
-        "float32, float16, bfloat16, bool or an integer type first",
-        view->name, (int)tensor->dtype.code, (int)tensor->dtype.bits, (int)tensor->dtype.lanes);
-    return -1;
-}
-
-/* shape, strides and numel; sizes whose bytes do not fit int64 are refused so that later products cannot overflow. */
-static int read_layout(lp_view *view, const lp_module_state *state, int ndim, const int64_t *shape,
-                       const int64_t *strides)
-{
-    int64_t numel = 1, bound = (int64_t)view->itemsize;
-
-    if (ndim < 0 || ndim > LP_MAX_DIMS) {
-        PyErr_Format(state->TensorError, "%s: the tensor has %d dimensions; at most %d are supported",
-                     view->name, ndim, (int)LP_MAX_DIMS);
-        return -1;
-    }
-    view->ndim = ndim;
-    for (int d = 0; d < ndim; d++) {
-        if (shape[d] < 0 || !lp_mul_i64(bound, shape[d] > 0 ? shape[d] : 1, &bound)) {
-            PyErr_Format(state->TensorError, "%s: dimension %d has the impossible size %lld", view->name, d,
-                         (long long)shape[d]);
-            return -1;
-        }
-        view->shape[d] = shape[d];
-        numel *= shape[d];
-    }
-    view->numel = numel;
-    if (strides != NULL) {
-        for (int d = 0; d < ndim; d++)
-            view->strides[d] = strides[d];
-    } else {
-        int64_t stride = 1;
-        for (int d = ndim - 1; d >= 0; d--) {
-            view->strides[d] = stride;
-            stride *= shape[d] > 0 ? shape[d] : 1;
-        }
-    }
-    return 0;
-}
-
 static int read_tensor(lp_view *view, const lp_module_state *state, const DLTensor *tensor, unsigned need)
 {
+    const DLDataType *dtype = &tensor->dtype;
+    lp_error err = {0};
+    size_t i = 0;
+
     if (view->device < 0
             ? !on_cpu((long)tensor->device.device_type)
             : tensor->device.device_type != kDLCUDA || tensor->device.device_id != view->device) {
@@ -284,25 +230,18 @@ static int read_tensor(lp_view *view, const lp_module_state *state, const DLTens
                      view->device < 0 ? "the CPU" : "the device it says it is on");
         return -1;
     }
-    if (read_dtype(view, state, tensor) < 0 ||
-        read_layout(view, state, tensor->ndim, tensor->shape, tensor->strides) < 0)
-        return -1;
-    if (tensor->data != NULL)
-        view->data = (char *)tensor->data + tensor->byte_offset;
-    if (view->numel > 0 && (view->data == NULL || (uintptr_t)view->data % view->itemsize != 0)) {
+    while (i < ELEMENTS && (elements[i].code != dtype->code || elements[i].bits != dtype->bits))
+        i++;
+    if (i == ELEMENTS || dtype->lanes != 1) {
         PyErr_Format(state->TensorError,
-                     "%s: the tensor's data is not aligned to its %zu-byte elements; copy it first",
-                     view->name, view->itemsize);
+                     "%s: unsupported element type (DLPack code %d, %d bits, %d lanes); convert the tensor "
+                     "to float64, float32, float16, bfloat16, bool or an integer type first",
+                     view->name, (int)dtype->code, (int)dtype->bits, (int)dtype->lanes);
         return -1;
     }
-    if (view->readonly && (need & LP_VIEW_WRITABLE)) {
-        PyErr_Format(state->TensorError,
-                     "%s: the tensor is read-only and would be written to; pass a writable one", view->name);
-        return -1;
-    }
-    if ((need & LP_VIEW_CONTIGUOUS) && !lp_view_is_contiguous(view)) {
-        PyErr_Format(state->TensorError, "%s: the tensor is not contiguous; hand over tensor.contiguous()",
-                     view->name);
+    if (lp_view_read(view, elements[i].element, tensor->ndim, tensor->shape, tensor->strides, tensor->data,
+                     tensor->byte_offset, need, &err) != LP_OK) {
+        (void)lp_raise(state, &err);
         return -1;
     }
     return 0;
@@ -392,7 +331,8 @@ int lp_view_adopt_array(lp_view *view, const lp_module_state *state, PyObject *o
                         lp_element element, int ndim, unsigned need)
 {
     int64_t shape[LP_MAX_DIMS];
-    Py_buffer *buffer = &view->buffer;
+    Py_buffer *buffer;
+    lp_error err = {0};
 
     memset(view, 0, sizeof *view);
     view->name = name;
@@ -402,13 +342,19 @@ int lp_view_adopt_array(lp_view *view, const lp_module_state *state, PyObject *o
                      lp_element_name(element), Py_TYPE(object)->tp_name);
         return -1;
     }
+    buffer = PyMem_Calloc(1, sizeof *buffer);
+    if (buffer == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
     /* Strides are asked for only to be able to say what is wrong with them. */
-    if (PyObject_GetBuffer(object, buffer, PyBUF_STRIDES | PyBUF_FORMAT) < 0)
+    if (PyObject_GetBuffer(object, buffer, PyBUF_STRIDES | PyBUF_FORMAT) < 0) {
+        PyMem_Free(buffer);
         return refuse_because(state, "%s: the array cannot be used in place (%S)", name, NULL);
+    }
     view->owner = LP_OWNER_BUFFER;
-    view->element = element;
-    view->itemsize = sizeof(double);
-    if (!format_is(buffer->format, element) || buffer->itemsize != (Py_ssize_t)view->itemsize) {
+    view->managed = buffer;
+    if (!format_is(buffer->format, element) || buffer->itemsize != (Py_ssize_t)lp_element_size(element)) {
         PyErr_Format(state->TensorError, "%s: expected an array of %s, got one of buffer format '%.20s'",
                      name, lp_element_name(element), buffer->format != NULL ? buffer->format : "B");
         goto refused;
@@ -430,12 +376,9 @@ int lp_view_adopt_array(lp_view *view, const lp_module_state *state, PyObject *o
     }
     for (int d = 0; d < ndim; d++)
         shape[d] = buffer->shape[d];
-    if (read_layout(view, state, ndim, shape, NULL) < 0)
-        goto refused;
-    view->data = buffer->buf;
     view->readonly = buffer->readonly != 0;
-    if (view->numel > 0 && (uintptr_t)view->data % view->itemsize != 0) {
-        PyErr_Format(state->TensorError, "%s: the array's data is not aligned; copy it first", name);
+    if (lp_view_read(view, element, ndim, shape, NULL, buffer->buf, 0, need, &err) != LP_OK) {
+        (void)lp_raise(state, &err);
         goto refused;
     }
     return 0;
@@ -454,7 +397,8 @@ void lp_view_release(lp_view *view)
     view->owner = LP_OWNER_NONE;
     PyErr_Fetch(&type, &value, &trace);
     if (owner == LP_OWNER_BUFFER) {
-        PyBuffer_Release(&view->buffer);
+        PyBuffer_Release(view->managed);
+        PyMem_Free(view->managed);
     } else if (owner == LP_OWNER_DLPACK) {
         DLManagedTensorVersioned *managed = (DLManagedTensorVersioned *)view->managed;
         if (managed->deleter != NULL)
@@ -472,80 +416,6 @@ void lp_view_release_all(lp_view *views, size_t count)
 {
     for (size_t i = 0; i < count; i++)
         lp_view_release(&views[i]);
-}
-
-/* --- layout -------------------------------------------------------------------------------------------------------- */
-
-bool lp_view_is_contiguous(const lp_view *view)
-{
-    int64_t stride = 1;
-
-    if (view->numel == 0)
-        return true;
-    for (int d = view->ndim - 1; d >= 0; d--) {
-        if (view->shape[d] == 1)
-            continue;
-        if (view->strides[d] != stride)
-            return false;
-        stride *= view->shape[d];
-    }
-    return true;
-}
-
-bool lp_view_dense_order(const lp_view *view, int order[LP_MAX_DIMS])
-{
-    int64_t stride = 1;
-    int ones = 0;
-
-    /* Dimensions of size 1, whose strides mean nothing, go outermost; the others by falling stride. */
-    for (int d = 0; d < view->ndim; d++)
-        if (view->shape[d] == 1)
-            order[ones++] = d;
-    for (int d = 0, placed = ones; d < view->ndim; d++) {
-        int place = placed;
-        if (view->shape[d] == 1)
-            continue;
-        for (; place > ones && view->strides[order[place - 1]] < view->strides[d]; place--)
-            order[place] = order[place - 1];
-        order[place] = d;
-        placed++;
-    }
-    if (view->numel == 0)
-        return true;
-    for (int i = view->ndim - 1; i >= ones; i--) {
-        int d = order[i];
-        if (view->strides[d] != stride)
-            return false;
-        stride *= view->shape[d];
-    }
-    return true;
-}
-
-/* First byte and one past the last byte of a view that has elements. */
-static void byte_range(const lp_view *view, uintptr_t *first, uintptr_t *end)
-{
-    int64_t low = 0, high = 0;
-
-    for (int d = 0; d < view->ndim; d++) {
-        int64_t reach = (view->shape[d] - 1) * view->strides[d];
-        if (reach < 0)
-            low += reach;
-        else
-            high += reach;
-    }
-    *first = (uintptr_t)view->data - (uintptr_t)(-low) * view->itemsize;
-    *end = (uintptr_t)view->data + ((uintptr_t)high + 1) * view->itemsize;
-}
-
-bool lp_view_overlaps(const lp_view *a, const lp_view *b)
-{
-    uintptr_t a_first, a_end, b_first, b_end;
-
-    if (a->numel == 0 || b->numel == 0 || a->device != b->device)
-        return false;
-    byte_range(a, &a_first, &a_end);
-    byte_range(b, &b_first, &b_end);
-    return a_first < b_end && b_first < a_end;
 }
 
 /* --- checks -------------------------------------------------------------------------------------------------------- */

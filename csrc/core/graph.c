@@ -244,9 +244,18 @@ static size_t arg_width(const int64_t *code, lp_arg *arg)
     }
 }
 
+/* The arguments' code.  Where no operation has any there is no list either, and a null pointer takes no offset. */
+static const int64_t *code_of(const lp_graph *graph, const lp_op *op, const int64_t **end)
+{
+    const int64_t *code = op->code_length > 0 ? graph->code + op->code : NULL;
+
+    *end = op->code_length > 0 ? code + op->code_length : NULL;
+    return code;
+}
+
 lp_arg lp_op_arg(const lp_graph *graph, const lp_op *op, size_t i)
 {
-    const int64_t *code = graph->code + op->code, *end = code + op->code_length;
+    const int64_t *end, *code = code_of(graph, op, &end);
     lp_arg arg = {LP_ARG_NONE, NULL, 0};
 
     while (code < end) {
@@ -260,7 +269,7 @@ lp_arg lp_op_arg(const lp_graph *graph, const lp_op *op, size_t i)
 
 size_t lp_op_arg_count(const lp_graph *graph, const lp_op *op)
 {
-    const int64_t *code = graph->code + op->code, *end = code + op->code_length;
+    const int64_t *end, *code = code_of(graph, op, &end);
     size_t count = 0;
 
     for (; code < end; count++) {
@@ -305,7 +314,7 @@ uint32_t lp_tensor_id(const lp_graph *graph, const lp_tensor *tensor)
 lp_status lp_visit_inputs(lp_graph *graph, const lp_op *op, lp_tensor_visit visit, void *context,
                           lp_error *err)
 {
-    const int64_t *code = graph->code + op->code, *end = code + op->code_length;
+    const int64_t *end, *code = code_of(graph, op, &end);
 
     while (code < end) {
         lp_arg arg;

@@ -43,7 +43,8 @@ static int64_t coverage(const lp_graph *graph, const lp_axis *axis)
 {
     int64_t total = 0;
     for (size_t m = 0; m < axis->member_count; m++)
-        total += axis->size * spread(graph, axis->members[m].occurrence);
+        if (!lp_add_i64(total, axis->size * spread(graph, axis->members[m].occurrence), &total))
+            return INT64_MAX;
     return total;
 }
 
@@ -422,7 +423,8 @@ lp_status lp_graph_numel(lp_graph *graph, const int64_t *removed, int64_t *out, 
         if (graph->tensors[t].role != LP_TENSOR_PARAMETER)
             continue;
         LP_TRY(lp_tensor_numel(graph, &graph->tensors[t], &count, err));
-        total += count;
+        if (!lp_add_i64(total, count, &total))
+            return lp_error_set(err, LP_ERR_OVERFLOW, "the parameters have more than 2^63 elements");
     }
     *out = total;
     return LP_OK;
@@ -436,7 +438,9 @@ lp_status lp_graph_macs(lp_graph *graph, const int64_t *removed, int64_t *out, l
     for (size_t i = 0; i < graph->macs_count; i++) {
         int64_t count;
         LP_TRY(lp_op_macs(graph, &graph->ops[graph->macs[i]], &count, err));
-        total += count;
+        if (!lp_add_i64(total, count, &total))
+            return lp_error_set(err, LP_ERR_OVERFLOW,
+                                "the operations have more than 2^63 multiply-accumulates");
     }
     *out = total;
     return LP_OK;

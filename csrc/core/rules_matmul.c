@@ -27,6 +27,11 @@ static lp_status count_macs(lp_run *run, const lp_op *op, lp_error *err)
     return LP_OK;
 }
 
+static lp_status too_many(lp_error *err)
+{
+    return lp_error_set(err, LP_ERR_OVERFLOW, "an operation has more than 2^63 multiply-accumulates");
+}
+
 lp_status lp_op_macs(lp_graph *graph, const lp_op *op, int64_t *out, lp_error *err)
 {
     const lp_tensor *result = lp_op_output(graph, op, 0), *left = lp_op_tensor(graph, op, 0), *right;
@@ -40,21 +45,21 @@ lp_status lp_op_macs(lp_graph *graph, const lp_op *op, int64_t *out, lp_error *e
         right = lp_op_tensor(graph, op, 1);
         LP_TRY(lp_tensor_numel(graph, left, &queries, err));
         LP_TRY(lp_axes_new_size(&graph->axes, right->dims[right->ndim - 2], graph->removed, &inner, err));
-        count += queries;
+        if (!lp_add_i64(count, queries, &count))
+            return too_many(err);
     } else if (op->rule == lp_rule_convolution) {
         right = lp_op_tensor(graph, op, 1);
         if (lp_op_int(graph, op, 6, 0) != 0) /* transposed: each input element meets the kernel */
             LP_TRY(lp_tensor_numel(graph, left, &count, err));
         for (size_t d = 1; d < right->ndim; d++) {
             LP_TRY(lp_axes_new_size(&graph->axes, right->dims[d], graph->removed, &size, err));
-            inner *= size;
+            if (!lp_mul_i64(inner, size, &inner))
+                return too_many(err);
         }
     } else {
         LP_TRY(lp_axes_new_size(&graph->axes, left->dims[left->ndim - 1], graph->removed, &inner, err));
     }
-    if (!lp_mul_i64(count, inner, out))
-        return lp_error_set(err, LP_ERR_OVERFLOW, "an operation has more than 2^63 multiply-accumulates");
-    return LP_OK;
+    return lp_mul_i64(count, inner, out) ? LP_OK : too_many(err);
 }
 
 /* A contraction with its producer is the paper's backward dependency, one with another activation a coupling. */

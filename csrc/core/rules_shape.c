@@ -396,7 +396,7 @@ lp_status lp_rule_pieces(lp_run *run, const lp_op *op, lp_error *err)
 {
     lp_tensor *input = lp_op_tensor(run->graph, op, 0);
     size_t dim, count = op->output_count, capacity = 0, piece_capacity = 0, cuts = 0, piece = 0;
-    int64_t *offsets, at = 0, total = 0;
+    int64_t *offsets, at = 0, left = 0;
     lp_expr *pieces, dims[LP_MAX_DIMS] = {{0, 0}};
     void *block = NULL, *piece_block = NULL;
     lp_status status = LP_OK;
@@ -405,13 +405,14 @@ lp_status lp_rule_pieces(lp_run *run, const lp_op *op, lp_error *err)
     if (input == NULL || input->ndim == 0 || count == 0)
         return lp_rule_unknown(run, op, err);
     dim = lp_wrap_dim(lp_op_int(run->graph, op, 2, 0), input->ndim);
+    left = input->sizes[dim];
     for (size_t i = 0; i < count; i++) {
         const lp_tensor *out = lp_op_output(run->graph, op, i);
         if (out == NULL || out->ndim != input->ndim)
             return lp_rule_unknown(run, op, err);
-        total += out->sizes[dim] <= input->sizes[dim] ? out->sizes[dim] : 0;
+        left = left >= 0 && out->sizes[dim] <= left ? left - out->sizes[dim] : -1;
     }
-    if (total != input->sizes[dim])
+    if (left != 0)
         return lp_error_set(err, LP_ERR_TRACE,
                             "operation %u: the pieces do not cover dimension %zu of size %lld", op->index,
                             dim, (long long)input->sizes[dim]);

@@ -56,6 +56,14 @@ bool lp_mul_i64(int64_t a, int64_t b, int64_t *out)
     return true;
 }
 
+bool lp_add_i64(int64_t a, int64_t b, int64_t *out)
+{
+    if (a < 0 || b < 0 || b > INT64_MAX - a)
+        return false;
+    *out = a + b;
+    return true;
+}
+
 lp_status lp_grow(const lp_allocator *allocator, void **block, size_t *capacity, size_t need, size_t width,
                   lp_error *err)
 {

@@ -54,7 +54,9 @@ lp_allocator lp_allocator_default(void);
 /* *out = a * b or a + b; false when it does not fit. */
 bool lp_mul_size(size_t a, size_t b, size_t *out);
 bool lp_add_size(size_t a, size_t b, size_t *out);
+/* The same of numbers that are not negative; false for those too. */
 bool lp_mul_i64(int64_t a, int64_t b, int64_t *out);
+bool lp_add_i64(int64_t a, int64_t b, int64_t *out);
 
 /* Make room for `need` elements of `width` bytes in the array *block of capacity *capacity (in elements), at least
  * doubling it.  On failure the array is as it was. */

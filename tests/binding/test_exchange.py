@@ -141,6 +141,26 @@ def negative_size(managed: Versioned) -> None:
     managed.tensor.shape[0] = -3
 
 
+def no_sizes(managed: Versioned) -> None:
+    managed.tensor.shape = None
+
+
+def far_stride(managed: Versioned) -> None:
+    managed.tensor.strides[0] = 1 << 62
+
+
+def lowest_stride(managed: Versioned) -> None:
+    managed.tensor.strides[1] = -(1 << 63)
+
+
+def back_stride(managed: Versioned) -> None:
+    managed.tensor.strides[0] = -(1 << 59)
+
+
+def far_offset(managed: Versioned) -> None:
+    managed.tensor.byte_offset = (1 << 64) - 4
+
+
 def frozen_array() -> np.ndarray:
     array = matrix().numpy().copy()
     array.flags.writeable = False
@@ -183,6 +203,25 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
         read,
         "dimension 0 has the impossible size -3",
     ),
+    "no sizes": (lambda: Producer(matrix(), no_sizes), read, "has 2 dimensions and gives no sizes"),
+    "far stride": (
+        lambda: Producer(matrix(), far_stride),
+        write,
+        "dimension 0 has the impossible stride 4611686018427387904",
+    ),
+    "lowest stride": (lambda: Producer(matrix(), lowest_stride), write, "the impossible stride -9223372036"),
+    "before address 0": (lambda: Producer(matrix(), back_stride), write, "strides lead beyond the address"),
+    "behind the last address": (lambda: Producer(matrix(), far_offset), read, "begins beyond the address"),
+    "device -1": (
+        lambda: Producer(matrix(), device=(CUDA, -1)),
+        read,
+        "on the impossible device number -1",
+    ),
+    "device 2^32": (
+        lambda: Producer(matrix(), device=(CUDA, 1 << 32)),
+        read,
+        "on the impossible device number 4294967296",
+    ),
     "nine dimensions": (lambda: torch.zeros([1] * 9), read, "has 9 dimensions; at most 8"),
     "transposed": (
         lambda: matrix().reshape(4, 3).t(),
@@ -207,6 +246,27 @@ def test_refused_with_one_sentence(case: str) -> None:
         call(tensor)
     assert isinstance(caught.value, LlmpruneError)
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_may_change_while_what_stands_in_it_is_adopted() -> None:
+    rows, columns = np.zeros(3), np.zeros(4)
+    outs: list[Any] = [rows, columns]
+    _core.tensor_scores(Producer(matrix(), lambda tensor: outs.clear()), None, None, "l1", outs)
+    assert outs == []
+    np.testing.assert_array_equal(rows, matrix().abs().sum(1).numpy())
+    np.testing.assert_array_equal(columns, matrix().abs().sum(0).numpy())
+
+
+def test_a_dimension_listed_twice_is_refused() -> None:
+    class Key:
+        def __index__(self) -> int:
+            return 1
+
+    first, second = np.array([0, 1]), np.array([0, 2])
+    counts = [sys.getrefcount(array) for array in (first, second)]
+    with pytest.raises(TensorError, match="kept: dimension 1 is listed twice"):
+        _core.compact(matrix(), {Key(): first, Key(): second})  # type: ignore[dict-item]
+    assert [sys.getrefcount(array) for array in (first, second)] == counts
 
 
 def test_a_refused_capsule_is_given_back_once_and_not_marked_as_used() -> None:

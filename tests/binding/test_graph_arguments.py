@@ -105,6 +105,42 @@ def test_a_pad_of_more_dimensions_than_there_are_freezes_what_it_touches() -> No
     assert not any(prunable for _, _, prunable, _, _ in axes)
 
 
+class Clearing:
+    """An int that empties the list it stands in when it is read."""
+
+    def __init__(self, target: list[Any], value: int) -> None:
+        self.target, self.value = target, value
+
+    def __index__(self) -> int:
+        self.target.clear()
+        return self.value
+
+
+def test_a_tape_may_change_while_it_is_read() -> None:
+    sizes: list[Any] = [2, 3]
+    tensor: list[Any] = [sizes, "f", 0, "input", "x"]
+    code: list[Any] = [1, INPUT, 1, UP, 0]
+    op: list[Any] = ["aten::linear", 0, code, [HIDDEN], 0]
+    outputs: list[Any] = [HIDDEN, OUTPUT]
+    sizes[0], tensor[2] = Clearing(sizes, 2), Clearing(tensor, 0)
+    code[0], code[1] = Clearing(code, 1), Clearing(op, INPUT)
+    outputs[0] = Clearing(outputs, HIDDEN)
+    graph = _core.Graph([tensor, *TENSORS[1:]], [op, LINEARS[1]], outputs)
+    assert (sizes, tensor, code, op, outputs) == ([], [], [], [], [])
+    assert graph.dim_axes(UP, 0) == graph.dim_axes(DOWN, 1)
+
+
+def test_an_axis_listed_twice_is_refused(graph: Any) -> None:
+    class Odd(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    with pytest.raises(ValueError, match="axis 0 is listed twice"):
+        graph.removed_positions(UP, 0, 4, {Odd(FFN): [1], Odd(FFN): [2]})
+
+
 @pytest.mark.parametrize(
     ("tensors", "ops", "outputs", "error"),
     [

@@ -1,6 +1,6 @@
 /* graph.h against tapes that describe no forward pass, random ones among them, and against an allocator that fails. */
 #include "check.h"
-#include "tape.h"
+#include "questions.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -57,67 +57,40 @@ static void test_malformed_tapes(void)
     tape_call(&t, "split", 0, ARGS(T(out), I(4), I(1)), many, 2);
     CHECK(tape_build(&t, many[0]) == LP_ERR_TRACE, "%d", (int)t.status);
     tape_end(&t);
+    tape_begin(&t, heap); /* a piece larger than the whole beside one that is the whole */
+    out = tape_input(&t, SHAPE(2, 6));
+    many[0] = tape_value(&t, false, SHAPE(2, 6)), many[1] = tape_value(&t, false, SHAPE(2, INT64_MAX / 2));
+    tape_call(&t, "split", 0, ARGS(T(out), I(6), I(1)), many, 2);
+    CHECK(tape_build(&t, many[0]) == LP_ERR_TRACE, "%d", (int)t.status);
+    tape_end(&t);
     tape_begin(&t, heap); /* nothing at all */
     CHECK(lp_graph_build(t.graph, &err) == LP_OK && lp_graph_axis_count(t.graph) == 0, "the empty tape");
     tape_end(&t);
 }
 
-/* Everything one can ask of a built graph. */
-static void ask_everything(tape *t)
+/* Sizes that fit one by one and not together. */
+static void test_totals_that_overflow(void)
 {
-    size_t axes = lp_graph_axis_count(t->graph);
-    int64_t *removed = need((axes + 1) * sizeof *removed), out;
-    const uint8_t **gone = need((axes + 1) * sizeof *gone);
-    uint8_t first[4096] = {1};
-    uint32_t ids[8];
-    size_t count;
-    lp_status status = LP_OK;
+    const int64_t large = INT64_C(1) << 21, half = INT64_C(1) << 62;
+    tape t;
+    int64_t x, y, total;
 
-    for (size_t i = 0; i < axes; i++) {
-        removed[i] = 1;
-        gone[i] = i % 2 == 0 && lp_graph_axis(t->graph, i)->size <= 4096 ? first : NULL;
-    }
-    for (size_t i = 0; i < axes && status == LP_OK; i++) {
-        const lp_axis *axis = lp_graph_axis(t->graph, i);
-        for (size_t m = 0; m < axis->member_count && status == LP_OK; m++) {
-            lp_steps steps = {NULL, 0, 0};
-            status = lp_graph_positions(t->graph, axis, m, NULL, &count, &t->err);
-            if (status == LP_OK && count * (size_t)axis->size <= 65536) {
-                int64_t *positions = need(count * (size_t)axis->size * sizeof *positions);
-                status = lp_graph_positions(t->graph, axis, m, positions, &count, &t->err);
-                free(positions);
-            }
-            if (status == LP_OK)
-                status = lp_graph_explain(t->graph, i, 0, m, &steps, &t->err);
-            lp_steps_free(lp_graph_allocator(t->graph), &steps);
-        }
-    }
-    for (int64_t tensor = 0; tensor < t->tensors && status == LP_OK; tensor++)
-        for (uint32_t dim = 0; dim < 4 && status == LP_OK; dim++) {
-            uint8_t flags[4096] = {0};
-            status = lp_graph_dim_axes(t->graph, (uint32_t)tensor, dim, ids, 8, &count, &t->err);
-            if (status == LP_ERR_ARGUMENT) {
-                status = LP_OK; /* no such dimension, or nothing used the tensor */
-                continue;
-            }
-            if (status == LP_OK)
-                status = lp_graph_new_size(t->graph, (uint32_t)tensor, dim, NULL, &out, &t->err);
-            if (status == LP_OK)
-                status = lp_graph_new_size(t->graph, (uint32_t)tensor, dim, removed, &out, &t->err);
-            if (status == LP_OK)
-                CHECK(out >= 0, "size %lld", (long long)out);
-            if (status == LP_OK && out <= 2048)
-                status = lp_graph_mark_removed(t->graph, (uint32_t)tensor, dim, gone, flags, &t->err);
-        }
-    if (status == LP_OK)
-        status = lp_graph_numel(t->graph, removed, &out, &t->err);
-    if (status == LP_OK)
-        status = lp_graph_macs(t->graph, removed, &out, &t->err);
-    for (size_t i = 0; i < axes && status == LP_OK; i++)
-        status = lp_graph_freeze(t->graph, i, LP_REASON_TRIAL, LP_NO_OP, &t->err);
-    t->status = status;
-    free(removed);
-    free(gone);
+    tape_begin(&t, lp_allocator_default());
+    for (int i = 0; i < 2; i++)
+        (void)tape_parameter(&t, SHAPE(half));
+    x = tape_input(&t, SHAPE(1));
+    CHECK(tape_build(&t, x) == LP_OK, "%s", t.err.message);
+    CHECK(lp_graph_numel(t.graph, NULL, &total, &t.err) == LP_ERR_OVERFLOW, "%lld elements",
+          (long long)total);
+    tape_end(&t);
+
+    tape_begin(&t, lp_allocator_default());
+    x = tape_input(&t, SHAPE(large, large / 2));
+    for (int i = 0; i < 2; i++)
+        y = tape_linear(&t, x, tape_parameter(&t, SHAPE(large, large / 2)), large, large);
+    CHECK(tape_build(&t, y) == LP_OK, "%s", t.err.message);
+    CHECK(lp_graph_macs(t.graph, NULL, &total, &t.err) == LP_ERR_OVERFLOW, "%lld products", (long long)total);
+    tape_end(&t);
 }
 
 /* Any operation of the table on any tensors with any arguments: a status or a graph that answers, never a crash. */
@@ -172,7 +145,7 @@ static void test_random_tapes(void)
         }
         if (CHECK(t.status == LP_OK, "%s", t.err.message) && tape_build(&t, made) == LP_OK) {
             built++;
-            ask_everything(&t);
+            tape_ask_everything(&t);
             CHECK(t.status == LP_OK, "round %d: %s", round, t.err.message);
         } else {
             CHECK(t.status == LP_ERR_TRACE || t.status == LP_ERR_INTERNAL || t.status == LP_ERR_ARGUMENT ||
@@ -240,7 +213,7 @@ static void test_failing_allocator(void)
         if (t.status == LP_OK) {
             out = block(&t);
             if (tape_build(&t, out) == LP_OK)
-                ask_everything(&t);
+                tape_ask_everything(&t);
             tape_end(&t);
         }
         CHECK(heap.lent == 0, "allocation %zu failed: %zu bytes leaked", fail_at, heap.lent);
@@ -257,6 +230,7 @@ static void test_failing_allocator(void)
 int main(void)
 {
     test_malformed_tapes();
+    test_totals_that_overflow();
     test_random_tapes();
     test_failing_allocator();
     return check_finish("tape");
