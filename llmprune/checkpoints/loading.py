@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from llmprune.checkpoints import adapters, universal
 from llmprune.checkpoints.record import Compaction, config_snapshot
 from llmprune.errors import CheckpointError
-from llmprune.out_of_core.shards import DTYPES, find_tensors, read_json, sha256
+from llmprune.out_of_core.shards import DTYPES, find_tensors, is_file_name, read_json, sha256
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def load_model(
     values = read_config(folder)
     kinds = {name: place.kind for name, place in find_tensors(folder).items()}
     kind, own = model_class(folder, values, trust_remote_code)
-    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code and not own else {}
+    # Said either way: where nothing is said, transformers asks on the terminal whether to run a folder's code.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code and not own}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with load_errors(folder, kind), quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -116,7 +117,9 @@ def load_tokenizer(directory: str | Path) -> Any | None:
         return load_tokenizer(adapters.base_folder(folder)) if adapters.is_adapter(folder) else None
     try:
         with quiet_transformers():
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except LOADING as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
@@ -126,8 +129,11 @@ def check_files(directory: str | Path) -> None:
     folder = Path(directory)
     if not (folder / RECORD).is_file():
         return
-    for name, expected in read_json(folder / RECORD).get("sha256", {}).items():
-        if Path(name).name != name or not (folder / name).is_file():
+    listed = read_json(folder / RECORD).get("sha256", {})
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{folder / RECORD} is damaged (its sha256 is no object): copy it again")
+    for name, expected in listed.items():
+        if not is_file_name(name) or not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing, but {RECORD} names it: copy it again")
         if sha256(folder / name) != expected:
             raise CheckpointError(
@@ -179,6 +185,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds quantised weights ({method}): pruning needs them in float; load the model it was made from"
         )
+    if (elsewhere := values.get("transformers_weights")) is not None:
+        # transformers would read that file, which may be a pickle, in place of those that are checked here.
+        raise CheckpointError(
+            f"{folder / _CONFIG} names a file of weights of its own ({elsewhere!r}): remove its transformers_weights "
+            "and name the file model.safetensors"
+        )
+    if (fetched := _fetched_code(values)) is not None:
+        raise CheckpointError(
+            f"{folder / _CONFIG} asks for attention code from elsewhere ({fetched}): remove its attn_implementation"
+        )
     dtype = values.get("dtype", values.get("torch_dtype"))
     if isinstance(dtype, str) and dtype != "auto" and getattr(torch, dtype, None) not in _FLOATS.values():
         raise CheckpointError(
@@ -187,20 +203,42 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def _fetched_code(values: Any) -> str | None:
+    """The repository from which a config, or one inside it, would have transformers fetch kernels; None for none."""
+    pending = [values]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                if key.strip("_").startswith("attn_implementation") and "/" in str(entry):
+                    return str(entry)
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return None
+
+
 def model_class(folder: Path, values: dict[str, Any], trust_remote_code: bool) -> tuple[Any, bool]:
     """What to load with, and whether it is llmprune's own universal form."""
-    names = values.get("architectures") or []
+    names, remote = values.get("architectures") or [], values.get("auto_map") or {}
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+        or not isinstance(remote, dict)
+    ):
+        raise CheckpointError(f"{folder / _CONFIG} states architectures or an auto_map that are none")
     kind = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        kind = None
     spec = values.get("llmprune")
     if isinstance(spec, dict):
-        if spec.get("format", 0) > universal.FORMAT:
+        if not isinstance(spec.get("format", 0), int) or spec.get("format", 0) > universal.FORMAT:
             raise CheckpointError(f"{folder} was written by a newer llmprune: update llmprune")
-        if not isinstance(kind, type):
+        if kind is None:
             kind = _recorded_class(folder)
         return universal.pruned_class(kind), True
-    if isinstance(kind, type):
+    if kind is not None:
         return kind, False
-    remote = values.get("auto_map") or {}
     automatic = [name for name in remote if name.startswith("AutoModel") and hasattr(transformers, name)]
     if automatic:
         if not trust_remote_code:
@@ -222,10 +260,11 @@ def _recorded_class(folder: Path) -> type[Any]:
     home, name = str(data.get("module", "")), str(data.get("model_class", ""))
     if home.startswith("transformers."):
         try:
-            found: type[Any] = getattr(__import__(home, fromlist=[name]), name)
-            return found
-        except (ImportError, AttributeError) as error:
+            found = getattr(__import__(home, fromlist=[name]), name)
+        except (ImportError, AttributeError, ValueError) as error:
             raise CheckpointError(f"transformers {transformers.__version__} has no {home}.{name}") from error
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     raise CheckpointError(f"{folder / RECORD} names {home}.{name}, which is no class of transformers")
 
 
@@ -300,7 +339,7 @@ def attach_record(folder: Path, model: Any, own: bool) -> None:
     if (folder / RECORD).is_file():
         try:
             record = Compaction.from_json(read_json(folder / RECORD))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"{folder / RECORD} is damaged ({error!r}): copy it again") from error
     elif own:
         # Saved again by other hands, without the record: what was removed is forgotten, what is left is known.

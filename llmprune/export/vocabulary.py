@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoints.loading import load_tokenizer
 from llmprune.errors import InputError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -111,9 +112,7 @@ def _split(values: Any) -> str:
 
 
 def _add_special(writer: Any, folder: Path, tokens: dict[int, str], values: Any) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = load_tokenizer(folder)
     for name in ("bos", "eos", "unk", "pad"):
         number = getattr(tokenizer, f"{name}_token_id", None)
         if number is not None:

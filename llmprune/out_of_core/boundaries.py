@@ -28,6 +28,7 @@ from llmprune import __version__
 from llmprune.checkpoints.atomic import write_file
 from llmprune.errors import CheckpointError, InputError
 from llmprune.out_of_core.reading import forget
+from llmprune.out_of_core.shards import UNREADABLE
 from llmprune.out_of_core.stored import Source
 from llmprune.scoring.calibration import Batch
 from llmprune.scoring.importance import Importance
@@ -256,9 +257,14 @@ class Journal:
         if not path.is_file():
             return None
         sums: Sums = {}
-        with np.load(path, allow_pickle=False) as data:
-            for key in data.files:
-                sums.setdefault(key.rpartition("/")[0], []).append(data[key])
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                for key in data.files:
+                    sums.setdefault(key.rpartition("/")[0], []).append(data[key])
+        except UNREADABLE as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}): remove {self.folder}, which begins the job anew"
+            ) from error
         return sums
 
     def remove(self) -> None:

@@ -13,10 +13,12 @@ import math
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 
@@ -46,6 +48,21 @@ DTYPES = {
 """Dtypes by their names in safetensors files; the library puts those to the front of a file that stand last here."""
 
 SPELT = {dtype: kind for kind, dtype in DTYPES.items()}
+
+UNREADABLE = (
+    BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # encrypted, compressed in an unknown way, nested too deeply
+    MemoryError,  # an array whose header says that it is huge
+)
+"""What reading an .npz file that is damaged, or none, may raise."""
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -83,13 +100,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX} has no weight_map: copy it again")
     for name, shard in index.items():
-        # The name is given to the system: it must not lead anywhere else.
-        if (
-            not isinstance(shard, str)
-            or shard in ("", ".", "..")
-            or Path(shard).name != shard
-            or "\0" in shard
-        ):
+        if not is_file_name(shard):
             raise CheckpointError(
                 f"{folder / INDEX} places {name} in {shard!r}, which is no file name: it must lie in the same folder"
             )
@@ -97,6 +108,11 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     for shard in sorted(set(index.values())):
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard} is missing, but {INDEX} names it: copy it again")
+        if not _lies_in(folder, folder / shard):
+            raise CheckpointError(
+                f"{folder / shard} is a link to {(folder / shard).resolve()}, outside of the folder: put the file "
+                "itself there, or give the folder it lies in"
+            )
         tensors = read_header(folder / shard)
         lost = sorted(name for name, place in index.items() if place == shard and name not in tensors)
         if lost:
@@ -154,11 +170,33 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}): copy it again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} holds no JSON object: copy it again")
     return values
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a name that stands in a file leads to a file beside it, and nowhere else."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and "\0" not in name
+        and "\\" not in name
+        and Path(name).name == name
+    )
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    """Whether a file that an index names is the folder's own, links followed.
+
+    A snapshot in the hub's cache is a folder of links to ``blobs`` two levels above: those are the folder's own too.
+    """
+    home, place = folder.resolve(), file.resolve()
+    return place.is_relative_to(home) or (
+        home.parent.name == "snapshots" and place.parent == home.parent.parent / "blobs"
+    )
 
 
 def sha256(path: Path) -> str:
@@ -199,6 +237,8 @@ def _stored(file: Path, name: str, entry: Any, data: int) -> Stored:
         kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(file, f"its header does not say where {name} lies") from error
+    if not isinstance(kind, str):
+        raise _damaged(file, f"its header does not say what {name} holds")
     if kind not in DTYPES:
         raise CheckpointError(
             f"{file} holds {name} as {kind}, which llmprune does not know: update llmprune, or convert the file"

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmprune.checkpoints.atomic import write_file
+from llmprune.checkpoints.schema import Table, anything, mismatch, natural, number, positive
 from llmprune.compaction.norms import Norm, Rescale, rescales
 from llmprune.errors import InputError, PlanError
 from llmprune.planning.allocation import layer_of
@@ -52,6 +53,31 @@ Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
 
 _FORMAT = 1
+_ROWS = [[anything]]  # what an operation with no masked form takes and gives: looked at as it is read
+_MAKE = {
+    "format": anything,
+    "removed": Table(number, anything),
+    "kept": Table(anything, Table(number, anything)),
+    "attributes": [
+        {"module": str, "name": str, "index": (int, None), "old": (float, None), "new": (float, None)}
+    ],
+    "marked": [
+        {"name": str, "nth": natural, "arg": natural, "dim": natural, "kept": str, "size": natural}
+        | {"module": str, "cuts": _ROWS, "spread": _ROWS}
+    ],
+    "axes": Table(number, {"kind": str, "size": positive, "removed": natural, "layer?": str, "module?": str}),
+    "parameters_before": natural,
+    "parameters_after": natural,
+    "fingerprint": str,
+    "options": Table(anything, anything),
+    "layers?": [
+        {"module": str, "size": natural, "removed": str, "input": (int, str), "output": (int, str, None)}
+    ],
+    "sublayers?": [
+        {"path": str, "kind": str, "input": (int, str), "output": (int, None), "entries": (int, None)}
+    ],
+    "rescaled?": [{"parameter": str, "offset": float, "before": positive, "after": positive}],
+}
 
 
 @dataclass(eq=False)
@@ -128,6 +154,8 @@ class Plan:
 
         if data.get("format") != _FORMAT:
             raise PlanError(f"this is no pruning plan of format {_FORMAT} (found {data.get('format')!r})")
+        if (wrong := mismatch(dict(data), _MAKE)) is not None:
+            raise PlanError(f"this pruning plan is damaged ({wrong})")
         try:
             return cls(
                 removed={int(axis): decode_rows(text) for axis, text in data["removed"].items()},
@@ -161,7 +189,7 @@ class Plan:
                 sublayers=[Part(**part) for part in data.get("sublayers", ())],
                 rescaled=[Rescale(**one) for one in data.get("rescaled", ())],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PlanError(f"this pruning plan is damaged ({type(error).__name__}: {error})") from error
 
     def digest(self) -> str:
@@ -183,7 +211,7 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} is no pruning plan: {error}") from error
         if not isinstance(data, dict):
             raise PlanError(f"{path} is no pruning plan: it holds a {type(data).__name__}")

@@ -10,6 +10,10 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
+_LARGEST = (1 << 28) - 1
+"""The largest index that is read: a file of some bytes must not ask for more memory than the largest layers do."""
+
+
 def encode_indices(indices: Iterable[int]) -> str:
     """Sorted non-negative integers as runs, ``"0-4,6,9-12"``."""
     values = np.asarray(list(indices) if not isinstance(indices, np.ndarray) else indices, dtype=np.int64)
@@ -23,8 +27,17 @@ def encode_indices(indices: Iterable[int]) -> str:
 
 
 def decode_indices(text: str) -> Indices:
-    """The inverse of :func:`encode_indices`."""
+    """The inverse of :func:`encode_indices`.
+
+    Raises:
+        ValueError: the text is none that it writes, or lists more than any tensor has.
+    """
     runs = [part.partition("-") for part in text.split(",") if part]
+    last = -1
+    for a, _, b in runs:
+        if not last < int(a) <= int(b or a) <= _LARGEST:
+            raise ValueError(f"{a}-{b or a} is no run of rising indices")
+        last = int(b or a)
     parts = [np.arange(int(a), int(b or a) + 1, dtype=np.int64) for a, _, b in runs]
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 

@@ -250,9 +250,9 @@ class StoredLogits:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.starts = np.load(folder / "starts.npy")
-        self.ids = np.load(folder / "ids.npy", mmap_mode="r")
-        self.logs = np.load(folder / "logs.npy", mmap_mode="r")
+        self.starts = np.load(folder / "starts.npy", allow_pickle=False)
+        self.ids = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False)
+        self.logs = np.load(folder / "logs.npy", mmap_mode="r", allow_pickle=False)
 
     @classmethod
     @torch.no_grad()

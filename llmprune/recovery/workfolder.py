@@ -14,6 +14,7 @@ from torch import nn
 
 from llmprune.checkpoints.atomic import write_file
 from llmprune.errors import CheckpointError, InputError
+from llmprune.out_of_core.shards import read_json
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -40,7 +41,7 @@ class WorkFolder:
         if restart and file.is_file():
             shutil.rmtree(self.folder)
         if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file)
             for name in settings:
                 if before.get(name) != settings[name]:
                     raise InputError(

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from llmprune.compaction.verify import experts_computed_by
 from llmprune.errors import CalibrationError, InputError, PlanError
 from llmprune.out_of_core.block_stream import block_streamed_sums
 from llmprune.out_of_core.scattered import within_reach
+from llmprune.out_of_core.shards import UNREADABLE
 from llmprune.out_of_core.stored import Streaming, opened, source_of, streaming_of
 from llmprune.planning.choice import check_kinds
 from llmprune.planning.layer_choice import DEPTHS
@@ -193,7 +193,7 @@ class Scores(Mapping[int, np.ndarray]):
             return cls._made(data, values, nested)
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise InputError(f"this is not the JSON of scores: {error!r}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -236,7 +236,7 @@ class Scores(Mapping[int, np.ndarray]):
             return cls._made(header, values, nested)
         except InputError:
             raise
-        except (BadZipFile, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except UNREADABLE as error:
             raise InputError(f"{str(path)!r} holds no scores: {error!r}") from error
 
 
