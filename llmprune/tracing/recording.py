@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -260,9 +261,12 @@ class Recording:
 
     @contextmanager
     def _scopes(self) -> Iterator[None]:
-        """Follow which module runs."""
+        """Follow which module runs; what other threads run meanwhile is no part of it, and torch tells of that too."""
+        own = threading.get_ident()
 
         def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() != own:
+                return
             scope = self.paths.get(id(module), self.stack[-1])
             if id(module) in self.elsewhere:  # of its places, the one below the module that calls it
                 below = self.tape.scopes[self.stack[-1]] + "."
@@ -271,7 +275,8 @@ class Recording:
             self.stack.append(scope)
 
         def leave(module: nn.Module, args: Any, result: Any) -> None:
-            self.stack.pop()
+            if threading.get_ident() == own:
+                self.stack.pop()
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         for module in noted_modules(self.model):
