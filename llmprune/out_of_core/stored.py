@@ -345,6 +345,10 @@ def must_stream(
 ) -> bool:
     """Whether the weights of a folder are to stay there; see :func:`opened`."""
     budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if not isinstance(directory, str | Path):
+        raise InputError(
+            f"{type(directory).__name__} is no model: give a torch.nn.Module or the path of its folder"
+        )
     if stream is not None or adapters.is_adapter(Path(directory)):
         return bool(stream)
     loading.read_config(Path(directory))

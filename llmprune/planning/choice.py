@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 
 from llmprune.compaction.norms import NORMS
@@ -81,7 +81,8 @@ def check_choice(
         ("round_to", 1 if round_to == "auto" else round_to, 1),
         ("tp", tp, 1),
     ):
-        if value is not None and (not isinstance(value, int) or value < least):
+        missing = value is None and name.startswith("protect")  # the paper's, scaled
+        if not missing and (not isinstance(value, int) or value < least):
             other = " or 'auto'" if name == "round_to" else ""
             raise InputError(f"{name} must be an integer of at least {least}{other}, not {value!r}")
 
@@ -90,6 +91,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
     """Raise InputError unless these are kinds of axes, one at least."""
     if isinstance(kinds, str):
         raise InputError(f"kinds must be a sequence of names like ({kinds!r},), not the string {kinds!r}")
+    if not isinstance(kinds, Collection):
+        raise InputError(f"kinds must be a sequence of names, not {kinds!r}")
     for kind in kinds:
         if kind not in KINDS:
             raise InputError(f"unknown kind {kind!r}: the kinds are {', '.join(KINDS)}")

@@ -251,12 +251,26 @@ class Shallower:
         return self.graph.numel(removed, self.drops)
 
 
+def check_keys(given: object, what: str) -> None:
+    """Raise InputError unless ``given`` maps ids of axes."""
+    if not isinstance(given, Mapping) or not all(isinstance(key, int | np.integer) for key in given):
+        raise InputError(f"{what} must be a mapping from ids of axes, whole numbers, not {given!r:.60}")
+
+
+def index_array(indices: npt.ArrayLike, axis: int) -> npt.NDArray[Any]:
+    """Indices of an axis as NumPy has them; InputError for what is no array."""
+    try:
+        return np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the removed indices of axis {axis} must be integers ({error})") from error
+
+
 def check_blocks(removed: Mapping[int, npt.ArrayLike], stacks: Mapping[int, LayerAxis | PartAxis]) -> Chosen:
     """Positions of blocks to remove, checked and sorted."""
     out: Chosen = {}
     for key, indices in removed.items():
         stack = stacks[key]
-        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
+        values = index_array(indices, key)
         what = "layer" if stack.kind == "layer" else "block"
         name = f"axis {key} ({stack.kind}, size {stack.size} of {stack.module})"
         if values.size == 0:

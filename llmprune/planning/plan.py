@@ -24,6 +24,7 @@ from llmprune.planning.layer_choice import (
     Chosen,
     block_summaries,
     check_blocks,
+    check_keys,
 )
 from llmprune.planning.request import fast_multiple
 from llmprune.planning.runs import decode_indices, decode_rows, encode_indices, encode_rows
@@ -343,6 +344,7 @@ def plan(
         if value is not None:
             options[name] = value
     if removed is not None:
+        check_keys(removed, "removed")
         whole = (
             {} if max(removed, default=0) < len(graph.axes) else {stack.id: stack for stack in graph.stacks}
         )

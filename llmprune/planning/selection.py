@@ -21,8 +21,10 @@ from llmprune.planning.layer_choice import (
     Shallower,
     Stack,
     candidates,
+    check_keys,
     drops_of,
     fit,
+    index_array,
     sequence,
     share,
     with_axes,
@@ -58,6 +60,7 @@ class Checked:
 
 def check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> Checked:
     """Scores as arrays of the graph's sizes, those of layers among the flat ones."""
+    check_keys(scores, "scores")
     fingerprint = getattr(scores, "fingerprint", None)
     if fingerprint is not None and fingerprint != graph.fingerprint:
         raise PlanError(
@@ -72,7 +75,10 @@ def check_scores(graph: Graph, scores: Mapping[int, npt.ArrayLike]) -> Checked:
             raise PlanError(
                 f"the scores name axis {key}, which this graph does not have: score the same graph"
             )
-        array = np.asarray(value, dtype=np.float64)
+        try:
+            array = np.asarray(value, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{describe(axes[key])} has scores that are no numbers ({error})") from error
         if array.shape != (*outer, axes[key].size):
             raise PlanError(f"{describe(axes[key])} has scores of shape {array.shape}: score the same graph")
         if not np.isfinite(array).all():
@@ -99,7 +105,7 @@ def check_removed(graph: Graph, removed: Mapping[int, npt.ArrayLike]) -> dict[in
             )
             raise InputError(f"there is no axis {key}: this graph's axes are 0..{len(axes) - 1}{stacks}")
         axis = axes[key]
-        values = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))  # type: ignore[arg-type]
+        values = index_array(indices, key)
         if values.size == 0:
             continue
         if values.ndim > 2 or not np.issubdtype(values.dtype, np.integer):

@@ -81,6 +81,9 @@ class Target:
         return in_bytes(cost) if self.kind == "memory" else quantity(cost)
 
 
+_MOST = float(1 << 62)
+
+
 def target_of(
     context: int | None = None, batch: int | None = None, new_tokens: int | None = None, **given: Any
 ) -> Target | None:
@@ -151,6 +154,8 @@ def _parse(kind: str, value: Any) -> tuple[float, bool]:
         return number, True
     if number * units[found[2]] < (1e-9 if kind == "latency" else 1):
         raise InputError(f"{kind} must be at least {'1ns' if kind == 'latency' else 1}, not {value!r}")
+    if number * units[found[2]] > _MOST:
+        raise InputError(f"{kind} must be a size that a model can have, not {value!r}")
     return number * units[found[2]], False
 
 

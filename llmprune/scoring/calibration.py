@@ -216,7 +216,7 @@ def _encode(text: str, tokenizer: Any, enough: int) -> list[int]:
 
 def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, fewer: bool) -> torch.Tensor:
     """Int64 ids, ``samples`` x ``length``, from ``texts`` by the rule of :func:`load_calibration`."""
-    if samples < 1 or length < 2:
+    if not isinstance(samples, int) or not isinstance(length, int) or samples < 1 or length < 2:
         raise InputError(
             f"{samples} samples of {length} tokens were asked for: at least 1 of 2 tokens is possible"
         )

@@ -135,7 +135,7 @@ def lookup(name: str) -> Importance:
     Raises:
         InputError: there is none; the message lists the known ones.
     """
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise InputError(f"unknown importance {name!r}: the known ones are {', '.join(_REGISTRY)}")
     return _REGISTRY[name]
 

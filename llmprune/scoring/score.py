@@ -260,7 +260,7 @@ def check_scoring(
             f"importance {importance!r} has no scores for whole layers, attention or feed-forwards: choose "
             f"block_influence or a gradient's importance, or leave out {', '.join(sorted(set(kinds) & set(DEPTHS)))}"
         )
-    if aggregation not in AGGREGATIONS:
+    if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
         raise InputError(f"unknown aggregation {aggregation!r}: the known ones are {', '.join(AGGREGATIONS)}")
     if rule.calibrated and calibration is None:
         raise InputError(
@@ -368,8 +368,8 @@ def score(
     if ranks is not None and (rule.sort == "inputs" or streaming is not None or (stacks and rule.calibrated)):
         what = "whole layers" if stacks else "weights left on the disk" if streaming else importance
         raise InputError(f"{what} cannot be scored by several processes together: run one alone")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}: at least one sample must run at a time")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size is {batch_size!r}: at least one sample must run at a time")
     if streaming is not None and stacks:
         raise InputError(
             f"{importance} scores of whole layers or their parts are taken of models in memory alone: load the model, "

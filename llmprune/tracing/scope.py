@@ -23,6 +23,8 @@ def resolve(names: Iterable[str], scope: str) -> str:
     Raises:
         InputError: no module with parameters has such a path, or several do; the nearest are named.
     """
+    if not isinstance(scope, str):
+        raise InputError(f"scope must be the path of a module, not {scope!r}")
     paths: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
