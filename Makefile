@@ -1,11 +1,13 @@
 # Everything a developer runs.  `make demo` and `make test` need Python, a C compiler and make, nothing else: they make
-# .venv on first use.  PYTHON chooses the interpreter (3.10 to 3.13), CC the compiler, JOBS how many compile at once.
+# .venv on first use.  PYTHON chooses the interpreter (3.10 to 3.13), CC the compiler, JOBS how many compile at once,
+# TEST_JOBS how many processes run the Python tests (about 2 GiB each).
 
 PYTHON ?= python3
 CC     ?= cc
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+TEST_JOBS ?= 2
 
 export OMP_NUM_THREADS ?= 2
 
@@ -14,7 +16,7 @@ C_FILES    := $(wildcard csrc/core/*.[ch] csrc/kernels/cpu/*.[ch] csrc/kernels/c
                          csrc/binding/cuda/*.c tests/core/*.[ch] tests/kernels/*.[ch] tests/fuzz/*.[ch])
 CUDA_FILES := $(wildcard csrc/kernels/cuda/*.cu csrc/kernels/cuda/*.cuh tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
-.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind fuzz arm windows pytest bench architectures docs cuda cuda-test cuda-bench release clean
+.PHONY: help demo test lint types fmt portable ctest asan tsan valgrind fuzz arm windows pytest bench architectures docs cuda cuda-test cuda-bench soak release clean
 
 help:
 	@echo "make demo      prune the model in demo/ and write the result to out/demo"
@@ -26,6 +28,7 @@ help:
 	@echo "make portable  is csrc/core ISO C11 and nothing else?"
 	@echo "make arm       the C tests on an emulated aarch64;  make windows: on Windows, under wine"
 	@echo "make pytest    the Python tests (ARGS=... goes to pytest)"
+	@echo "make soak      200 rounds of pruning, saving and loading: does memory stay flat?"
 	@echo "make bench     every benchmark; results in benchmarks/results"
 	@echo "make architectures  try every architecture; the table is docs/architectures.md (JOBS at once)"
 	@echo "make docs      the documentation as pages, every warning an error; the result is build/site/index.html"
@@ -76,8 +79,12 @@ types: $(EXTENSION)
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml llmprune._core
 
+# Files are shared out whole, so that what a file sets up is set up once; a thread each, or the processes would spin.
 pytest: $(EXTENSION)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
+
+soak: $(EXTENSION)
+	LLMPRUNE_SOAK=1 $(BIN)/python -m pytest tests/python/test_soak.py
 
 bench: $(EXTENSION)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"

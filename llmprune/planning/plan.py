@@ -48,7 +48,7 @@ from llmprune.tracing.sublayers import Part, split
 
 if TYPE_CHECKING:
     from llmprune.planning.request import Request
-    from llmprune.tracing.graph import Graph, MarkedOp
+    from llmprune.tracing.graph import Graph, Lost, MarkedOp
 
 Indices = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
@@ -133,7 +133,14 @@ class Plan:
                 for name, dims in self.kept.items()
             },
             "attributes": [asdict(attribute) for attribute in self.attributes],
-            "marked": [{**vars(op), "kept": encode_indices(op.kept)} for op in self.marked],
+            "marked": [
+                {
+                    **vars(op),
+                    "kept": encode_indices(op.kept),
+                    **{key: _rows_of(getattr(op, key)) for key in ("cuts", "spread")},
+                }
+                for op in self.marked
+            ],
             "axes": {str(axis): summary for axis, summary in self.axes.items()},
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
@@ -425,6 +432,10 @@ def plan(
         sublayers=parts,
         rescaled=[by for _, by in scaled],
     )
+
+
+def _rows_of(lost: tuple[Lost, ...]) -> list[list[Any]]:
+    return [[arg, dim, size, list(kept)] for arg, dim, size, kept in lost]
 
 
 def _sources(graph: Graph) -> list[Any]:
