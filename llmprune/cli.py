@@ -36,7 +36,7 @@ from llmprune.commands.common import (
     run_argument,
 )
 from llmprune.commands.streamed import prune_files
-from llmprune.errors import InputError, LlmpruneError
+from llmprune.errors import InputError, LlmpruneError, VerificationError
 
 if TYPE_CHECKING:
     from llmprune.pipeline.stages import Stages
@@ -527,6 +527,11 @@ def _doctor(options: argparse.Namespace) -> None:
     report = doctor(quiet=options.json)
     if options.json:
         print_json(report)
+    if not (test := report["self_test"])["ok"]:
+        raise VerificationError(
+            f"the C core computes wrong numbers here ({test['detail']}): install llmprune anew with "
+            "`pip install --force-reinstall --no-cache-dir llmprune`, and report this with what doctor printed"
+        )
 
 
 if __name__ == "__main__":

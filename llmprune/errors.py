@@ -31,7 +31,7 @@ class CheckpointError(LlmpruneError):
 
 
 class VerificationError(LlmpruneError):
-    """The compacted model does not equal its masked reference."""
+    """The compacted model does not equal its masked reference, or the C core another computation of the same."""
 
 
 class RecoveryError(LlmpruneError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,14 +19,28 @@ from llmprune.machine import cuda
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 """The run-time dependencies whose versions are reported."""
 
+EXTRAS = (
+    "peft",
+    "accelerate",
+    "datasets",
+    "lm-eval",
+    "gguf",
+    "matplotlib",
+    "pyarrow",
+    "ray",
+    "nvidia-cublas",
+)
+"""What single commands need besides; ``pip install llmprune[recover]`` and the other extras bring them."""
+
 
 def doctor(quiet: bool = False) -> dict[str, Any]:
     """Collect versions, hardware and a self-test of the C core; print them unless ``quiet``.
 
     Returns:
-        ``llmprune``, ``python``, ``platform``; ``packages`` (name -> version, None where it is not installed);
-        ``simd`` (instruction set of the kernels); ``cpus`` (usable by this process); ``free_memory`` (bytes, None
-        where the system does not say); ``cuda`` (``built``, ``usable`` and, where it is not,
+        ``llmprune``, ``python``, ``platform``; ``packages`` and ``extras`` (name -> version, None where it is not
+        installed); ``simd`` (instruction set of the kernels); ``cpus`` (usable by this process); ``free_memory``
+        (bytes, None where the system does not say); ``free_disk`` (bytes where checkpoints would be written from
+        here, None where the folder has gone); ``cuda`` (``built``, ``usable`` and, where it is not,
         ``reason``); ``self_test`` (``ok`` and ``detail``).
     """
     report: dict[str, Any] = {
@@ -33,9 +48,11 @@ def doctor(quiet: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed_version(name) for name in PACKAGES},
+        "extras": {name: installed_version(name) for name in EXTRAS},
         "simd": _core.simd_level(),
         "cpus": usable_cpus(),
         "free_memory": free_memory(),
+        "free_disk": free_disk(),
         "cuda": cuda_state(),
         "self_test": self_test(),
     }
@@ -72,6 +89,14 @@ def free_memory() -> int | None:
     return None
 
 
+def free_disk() -> int | None:
+    """Bytes that this user may still write in the working directory; None where there is no such folder."""
+    try:
+        return shutil.disk_usage(os.curdir).free
+    except OSError:
+        return None
+
+
 def cuda_state() -> dict[str, Any]:
     """Whether the CUDA kernels were built, whether they can run here, and why not; this loads them."""
     reason = cuda.unavailable()
@@ -106,16 +131,22 @@ def self_test() -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report as aligned lines of text."""
-    free = report["free_memory"]
+    extras = [f"{name} {found}" for name, found in report["extras"].items() if found]
     device, test = report["cuda"], report["self_test"]
     rows = [
         ("llmprune", report["llmprune"]),
         ("python", f"{report['python']} on {report['platform']}"),
         *((name, found or "not installed") for name, found in report["packages"].items()),
+        ("extras", ", ".join(extras) or "none"),
         ("simd", report["simd"]),
         ("cpus", str(report["cpus"])),
-        ("free memory", "unknown" if free is None else f"{free / 2**30:.1f} GiB"),
+        ("free memory", _gibibytes(report["free_memory"])),
+        ("free disk", _gibibytes(report["free_disk"])),
         ("cuda", "usable" if device["usable"] else f"not usable: {device['reason']}"),
         ("self-test", f"{'ok' if test['ok'] else 'FAILED'}: {test['detail']}"),
     ]
     return "".join(f"{name:<14}{value}\n" for name, value in rows)
+
+
+def _gibibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.1f} GiB"

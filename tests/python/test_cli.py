@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from folders import make_folder
 
+from llmprune import _core
 from llmprune.cli import main
 
 
@@ -138,7 +140,23 @@ def test_trace_shows_kinds_and_explains(folder: Path, capsys: pytest.CaptureFixt
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0
-    assert json.loads(out)["self_test"]["ok"]
+    report = json.loads(out)
+    assert report["self_test"]["ok"]
+    assert report["free_disk"] > 0
+    assert report["extras"].keys() >= {"peft", "lm-eval"}
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert re.search(r"free disk +[\d.]+ GiB", out)
+
+
+def test_a_doctor_whose_self_test_fails_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "linear_scores", lambda *_: None)  # a core that computes nothing
+    code, out, err = run(capsys, "doctor")
+    assert code == 2
+    assert "FAILED" in out
+    assert "install llmprune anew" in err
 
 
 @pytest.mark.parametrize(
