@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from llmprune.checkpoints.atomic import is_checkpoint
 from llmprune.errors import InputError
@@ -18,6 +19,8 @@ from llmprune.tracing.scope import resolve
 from llmprune.tracing.wrapped import on_uncompiled
 
 if TYPE_CHECKING:
+    import torch
+
     from llmprune.compaction.verify import Verification
     from llmprune.planning.plan import Plan
     from llmprune.planning.request import Request
@@ -512,6 +515,12 @@ def traced_tokens(graph: Graph) -> int | None:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Bytes of all parameters and buffers, shared ones once; of a quantised one those of what it is made of."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(_bytes_of(t) for t in tensors.values())
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "full_tensor"):  # torchao's; no DTensor
+        return sum(_bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
