@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from llmprune.errors import PlanError
+from llmprune.machine.packages import installed
 
 Positions = npt.NDArray[np.int64]
 
@@ -286,13 +286,8 @@ def config_snapshot(config: object) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in ("llmprune", "torch", "transformers", "numpy", "safetensors"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    packages = ("llmprune", "torch", "transformers", "numpy", "safetensors")
+    return {"python": platform.python_version(), **installed(packages)}
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -7,10 +7,9 @@ memory of the old one goes back before the next is touched, so the peak is the m
 from __future__ import annotations
 
 import copy
-import ctypes
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import FrozenInstanceError, dataclass, replace
 from typing import Any, NoReturn
 
@@ -27,6 +26,7 @@ from llmprune.compaction import depth
 from llmprune.compaction.norms import Rescale
 from llmprune.errors import PlanError, TensorError
 from llmprune.machine import cuda
+from llmprune.machine.budget import return_memory
 from llmprune.machine.interrupts import deferred_interrupts
 from llmprune.tracing.borrow import forget
 from llmprune.tracing.sublayers import check_parts
@@ -156,7 +156,7 @@ def compact(
                 _break(model, old, error)
             raise
         model.llmprune = done  # type: ignore[assignment]
-        _return_memory()
+        return_memory()
         if release and torch.cuda.is_available():
             torch.cuda.empty_cache()
     return model
@@ -554,10 +554,3 @@ def _removed(plan: Any) -> list[dict[str, Any]]:
         }
         for axis, indices in getattr(plan, "removed", {}).items()
     ]
-
-
-def _return_memory() -> None:
-    """Hand freed heap pages back to the system, where the C library (glibc) needs to be asked."""
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -12,6 +12,7 @@ import torch
 
 from llmprune.errors import InputError, LlmpruneError
 from llmprune.evaluation.perplexity import PROTOCOLS
+from llmprune.machine.packages import installed
 from llmprune.pipeline.stages import Stages
 from llmprune.tracing.wrapped import on_uncompiled
 
@@ -293,7 +294,5 @@ def _versions(tasks: bool) -> dict[str, str]:
         "python": platform.python_version(),
     }
     if tasks:
-        from importlib.metadata import version
-
-        found["lm_eval"] = version("lm_eval")
+        found |= installed(["lm_eval"])
     return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
+import sys
 from contextlib import suppress
 
 from llmprune.errors import InputError
@@ -46,13 +48,26 @@ def resident_memory() -> int:
     return 0
 
 
+def told_memory() -> int | None:
+    """Bytes of host memory that can be had without swapping; None where the system does not tell."""
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def available_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
+    """Bytes of host memory that can be had without swapping, by guess where the system does not tell."""
+    told = told_memory()
+    if told is None:
         log.debug("no /proc/meminfo: taking half the physical memory as available")
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return told
+
+
+def return_memory() -> None:
+    """Hand pages that are free inside the C library's heap back to the system, where it is glibc; else do nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

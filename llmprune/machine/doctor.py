@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +14,8 @@ import numpy as np
 import llmprune
 from llmprune import _core
 from llmprune.machine import cuda
+from llmprune.machine.budget import told_memory
+from llmprune.machine.packages import installed_version
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 """The run-time dependencies whose versions are reported."""
@@ -51,7 +52,7 @@ def doctor(quiet: bool = False) -> dict[str, Any]:
         "extras": {name: installed_version(name) for name in EXTRAS},
         "simd": _core.simd_level(),
         "cpus": usable_cpus(),
-        "free_memory": free_memory(),
+        "free_memory": told_memory(),
         "free_disk": free_disk(),
         "cuda": cuda_state(),
         "self_test": self_test(),
@@ -61,32 +62,11 @@ def doctor(quiet: bool = False) -> dict[str, Any]:
     return report
 
 
-def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, without importing it; None if there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def usable_cpus() -> int:
     """Processors this process may run on, which containers and batch systems set lower than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def free_memory() -> int | None:
-    """Bytes that can be allocated without swapping, by ``MemAvailable`` of Linux; None elsewhere."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                if key == "MemAvailable":
-                    return int(value.split()[0]) * 1024
-    except OSError:
-        return None
-    return None
 
 
 def free_disk() -> int | None:

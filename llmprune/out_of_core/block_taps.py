@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmprune.errors import InputError
-from llmprune.machine.budget import available_memory, resident_memory, spell_bytes
+from llmprune.machine.budget import available_memory, resident_memory, return_memory, spell_bytes
 from llmprune.out_of_core.block_forward import Memory, by_blocks
 from llmprune.out_of_core.block_weights import exclusive, kinds_of
 from llmprune.out_of_core.stored import source_of
@@ -84,6 +84,7 @@ def check_room(model: Any, tokens: int, solving: int, budget: int | None, doing:
     widest = max(max(parameters[n].shape) for names in own for n in names)
 
     def check() -> None:
+        return_memory()  # what the steps before have freed is not in use
         need = resident_memory() + 2 * block + extra + _LIVE * 4 * tokens * widest + solving + _SLACK
         room = resident_memory() + available_memory() * 9 // 10 if budget is None else budget
         if need > room:

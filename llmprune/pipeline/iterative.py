@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmprune.arguments import is_whole
 from llmprune.compaction.verify import holding, masked
 from llmprune.errors import InputError
 
@@ -35,7 +36,7 @@ def check_rounds(rounds: int, schedule: str) -> None:
     Raises:
         InputError: no rounds, or an unknown schedule.
     """
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    if not is_whole(rounds, 1):
         raise InputError(f"rounds must be an integer of at least 1, not {rounds!r}")
     if schedule not in SCHEDULES:
         raise InputError(f"unknown schedule {schedule!r}: there are {' and '.join(SCHEDULES)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 
+from llmprune.arguments import is_whole
 from llmprune.compaction.norms import NORMS
 from llmprune.errors import InputError
 from llmprune.planning.allocation import ALLOCATIONS
@@ -82,7 +83,7 @@ def check_choice(
         ("tp", tp, 1),
     ):
         missing = value is None and name.startswith("protect")  # the paper's, scaled
-        if not missing and (not isinstance(value, int) or value < least):
+        if not missing and not is_whole(value, least):
             other = " or 'auto'" if name == "round_to" else ""
             raise InputError(f"{name} must be an integer of at least {least}{other}, not {value!r}")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmprune.arguments import is_whole
 from llmprune.errors import InputError, PlanError
 from llmprune.planning.footprint import Memory
 from llmprune.planning.request import CONTEXT, NEW_TOKENS, RequestTime
@@ -110,7 +111,7 @@ def target_of(
     ):
         if size is None:
             continue
-        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        if not is_whole(size, least):
             raise InputError(f"{name} must be an integer of at least {least}, not {size!r}")
         if not set(readers) & set(named):
             raise InputError(

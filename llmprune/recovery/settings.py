@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from llmprune.arguments import is_whole
 from llmprune.errors import InputError
 from llmprune.evaluation.perplexity import positions
 from llmprune.recovery.examples import CUTOFF, Data
@@ -35,7 +36,7 @@ def check(settings: dict[str, Any], teacher: Any, dataset: Any) -> None:
         "top_k",
     ):
         value = settings[name]
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and not is_whole(value, 1):
             raise InputError(f"{name} is {value!r}: it must be a whole number of at least 1")
     for name in ("learning_rate", "epochs"):
         if not (settings[name] > 0 and math.isfinite(settings[name])):

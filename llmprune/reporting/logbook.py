@@ -16,13 +16,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llmprune import __version__
 from llmprune.checkpoints.atomic import write_file
 from llmprune.errors import InputError
+from llmprune.machine.packages import installed
 from llmprune.out_of_core.shards import feed
 
 FILE = "run.json"
@@ -130,11 +130,7 @@ def fingerprint(path: Path) -> str | None:
 
 def versions() -> dict[str, str]:
     """Of llmprune, Python and what else is installed of that which figures depend on."""
-    found = {"llmprune": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {"llmprune": __version__, "python": platform.python_version(), **installed(_PACKAGES)}
 
 
 def hardware() -> dict[str, Any]:

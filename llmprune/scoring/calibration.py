@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmprune.arguments import is_whole
 from llmprune.errors import CalibrationError, InputError
 
 SAMPLES = 10
@@ -216,7 +217,7 @@ def _encode(text: str, tokenizer: Any, enough: int) -> list[int]:
 
 def _tokenize(texts: Sequence[Any], tokenizer: Any, samples: int, length: int, fewer: bool) -> torch.Tensor:
     """Int64 ids, ``samples`` x ``length``, from ``texts`` by the rule of :func:`load_calibration`."""
-    if not isinstance(samples, int) or not isinstance(length, int) or samples < 1 or length < 2:
+    if not is_whole(samples, 1) or not is_whole(length, 2):
         raise InputError(
             f"{samples} samples of {length} tokens were asked for: at least 1 of 2 tokens is possible"
         )

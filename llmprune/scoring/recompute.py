@@ -7,8 +7,6 @@ reducer as usual. Neither modules nor their hooks are touched: torch's global fo
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
+
+from llmprune.machine.budget import return_memory
 
 _CPU = torch.device("cpu")
 
@@ -61,11 +61,8 @@ def give_back_memory(device: torch.device = _CPU) -> None:
     What a block allocates and frees leaves holes that the next one's tensors do not fit: without this the heap of a
     checkpointed pass grows to twice what is ever in use. Work on another device than the CPU leaves no such holes.
     """
-    if device.type != "cpu":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    if device.type == "cpu":
+        return_memory()
 
 
 def floating(leaves: list[Any]) -> list[torch.Tensor]:

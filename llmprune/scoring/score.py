@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from llmprune.arguments import is_whole
 from llmprune.checkpoints.atomic import write_file
 from llmprune.compaction.verify import experts_computed_by
 from llmprune.errors import CalibrationError, InputError, PlanError
@@ -368,7 +369,7 @@ def score(
     if ranks is not None and (rule.sort == "inputs" or streaming is not None or (stacks and rule.calibrated)):
         what = "whole layers" if stacks else "weights left on the disk" if streaming else importance
         raise InputError(f"{what} cannot be scored by several processes together: run one alone")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and not is_whole(batch_size, 1):
         raise InputError(f"batch_size is {batch_size!r}: at least one sample must run at a time")
     if streaming is not None and stacks:
         raise InputError(

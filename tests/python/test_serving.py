@@ -129,7 +129,6 @@ def test_torchao_quantises_what_was_pruned(pruned: Any, bits: int, error: float)
     assert small.perplexity["text"] == pytest.approx(dense.perplexity["text"], rel=error)
     assert small.parameters == dense.parameters
     linear = sum(m.weight.numel() for m in pruned.modules() if isinstance(m, torch.nn.Linear))
-    scales = small.memory["weights"] - (
-        dense.memory["weights"] - 3 * linear
-    )  # four bytes a weight became one
+    # Four bytes a weight became one; what is more are the scales.
+    scales = small.memory["weights"] - (dense.memory["weights"] - 3 * linear)
     assert 0 < scales < linear
