@@ -278,6 +278,7 @@ class _Repairer:
         self._doubled = self._carry_out = False
         self._adjustable: set[str] = set()
         self._left = 0
+        self._ahead: Counter[Use] = Counter()
         self._last: tuple[Any, torch.Tensor, Inputs] | None = None
         self.repaired: dict[str, torch.Tensor] = {}
         self.ridges: dict[str, float | None] = {}
@@ -290,6 +291,7 @@ class _Repairer:
         uses, apart, elsewhere = self._survey(batch.sketch(_SKETCH))
         self._carry_out, self._doubled = sequential, sequential and apart
         self._left = sum(count for use, count in uses.items() if self._consumes(use))
+        self._ahead = uses.copy()
         if not self._left:
             return
         if self._doubled:
@@ -365,10 +367,11 @@ class _Repairer:
         return tapping(self._model, taps, batch, lambda name: self.flush())
 
     def flush(self) -> None:
-        """Put away what the weights of the block that is done will be, where they do not stay in memory."""
+        """A block is done: put away what its weights will be, where they do not stay, and forget how they change."""
         if self.spill is not None and self.repaired:
             self.spill.put(self.repaired)
             self.repaired = {}
+        self._changes = {use: change for use, change in self._changes.items() if self._ahead[use] > 0}
 
     def solving(self, tokens: int) -> int:
         """Bytes that the largest fit takes: Gram matrix and factors, the change, and what goes of the weight."""
@@ -382,6 +385,7 @@ class _Repairer:
 
     def _meet(self, use: Use, x: torch.Tensor, y: torch.Tensor) -> None:
         consumes = self._consumes(use)
+        self._ahead[use] -= 1
         if consumes:
             self._left -= 1
         rows = x.reshape(-1, x.shape[-1])

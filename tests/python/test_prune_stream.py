@@ -20,6 +20,7 @@ from llmprune.out_of_core import block_memory, block_stream
 from llmprune.out_of_core.stored import open_model
 from llmprune.pipeline import prune_stream
 from llmprune.pipeline.prune_stream import prune_streamed
+from llmprune.repair.repair import _Repairer
 
 DEMO = Path(__file__).parents[2] / "demo"
 
@@ -116,6 +117,31 @@ def test_repair_by_blocks_is_that_in_memory(tmp_path, family, options):
     assert records[0]["history"][-1]["repaired"] == records[1]["history"][-1]["repaired"]
     loaded = load_model(tmp_path / "b")
     assert sum(p.numel() for p in loaded.parameters()) == got.after.parameters
+
+
+def test_a_repair_forgets_the_blocks_that_are_done(tmp_path, monkeypatch):
+    """What one block's weights change by is let go with it: else memory grows with the number of blocks."""
+    build("llama").save_pretrained(tmp_path / "m")
+    held = []
+    flush, meet = _Repairer.flush, _Repairer._meet
+
+    def watch_meet(self, use, x, y):
+        meet(self, use, x, y)
+        held.append({int(u.name.split(".layers.")[1].split(".")[0]) for u in self._changes})
+
+    def watch_flush(self):
+        flush(self)
+        held.append({-1} if self._changes else set())
+
+    monkeypatch.setattr(_Repairer, "_meet", watch_meet)
+    monkeypatch.setattr(_Repairer, "flush", watch_flush)
+    report = prune_streamed(
+        open_model(tmp_path / "m"), tmp_path / "m", tmp_path / "b", {"ffn": 0.3}, ids_of(12, 24), "l2",
+        protect_first=0, protect_last=0, repair="ls", quiet=True,
+    )  # fmt: skip
+    assert report.repair.ridges
+    assert set().union(*held) == set(range(len(report.repair.ridges)))
+    assert max(map(len, held)) == 1
 
 
 def test_what_streaming_cannot_repair_and_a_budget_too_small(tmp_path):
