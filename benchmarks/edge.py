@@ -22,6 +22,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,7 @@ def _onnx(path: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return prompt, token
 
 
+MODULES = {"llama.cpp": "llama_cpp", "onnxruntime": "onnxruntime"}
 LOADERS = {"llama.cpp": _llama, "onnxruntime": _onnx}
 WRITERS = {"llama.cpp": write_gguf, "onnxruntime": write_onnx}
 
@@ -193,7 +196,7 @@ def measure(runtime: str, path: str) -> dict[str, float]:
                 step()
                 taken.append(time.process_time() - begun)
 
-    __import__({"llama.cpp": "llama_cpp"}.get(runtime, runtime))  # the libraries are not what is measured
+    import_module(MODULES[runtime])  # the libraries are not what is measured
     memory = peak_over(work)
     prompt, token = (1000 * statistics.median(taken[1:]) for taken in seconds)
     return {"prompt ms": prompt, "token ms": token, "memory": memory, "file": _stored(Path(path))}
@@ -229,12 +232,15 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--runtimes", nargs="+", choices=LOADERS, default=list(LOADERS))
+    there = [name for name, module in MODULES.items() if find_spec(module)]
+    parser.add_argument("--runtimes", nargs="+", choices=LOADERS, default=there)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return 0
+    for name in LOADERS.keys() - there:
+        print(f"{name} is left out: {MODULES[name]} is not installed")
     warnings.simplefilter("ignore")  # of the exporters' own code
     claims, results = [], {}
     with tempfile.TemporaryDirectory() as place:
