@@ -139,7 +139,7 @@ def test_public_names_are_imported_when_they_are_used() -> None:
 def test_the_doctor_reports_a_working_core(capsys: pytest.CaptureFixture[str]) -> None:
     report = llmprune.doctor()
     assert report["self_test"]["ok"] is True
-    assert report["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["packages"]["torch"])  # a wheel may leave its +cu130 out
     assert report["simd"] == _core.simd_level()
     assert report["cpus"] >= 1
     printed = capsys.readouterr().out
