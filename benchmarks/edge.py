@@ -178,25 +178,25 @@ def _onnx(path: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return prompt, token
 
 
-MODULES = {"llama.cpp": "llama_cpp", "onnxruntime": "onnxruntime"}
-LOADERS = {"llama.cpp": _llama, "onnxruntime": _onnx}
-WRITERS = {"llama.cpp": write_gguf, "onnxruntime": write_onnx}
+RUNTIMES = {"llama.cpp": ("llama_cpp", write_gguf, _llama), "onnxruntime": ("onnxruntime", write_onnx, _onnx)}
+"""Name -> its module, what writes the models for it, and what loads one."""
 
 
 def measure(runtime: str, path: str) -> dict[str, float]:
     """Milliseconds of processor time of a prompt and of a token, and bytes of memory that it all took."""
+    module, _, load = RUNTIMES[runtime]
     steps: list[Callable[[], Any]] = []
     seconds: list[list[float]] = [[], []]
 
     def work() -> None:
-        steps.extend(LOADERS[runtime](path))
+        steps.extend(load(path))
         for _ in range(REPEATS):
             for step, taken in zip(steps, seconds, strict=True):
                 begun = time.process_time()
                 step()
                 taken.append(time.process_time() - begun)
 
-    import_module(MODULES[runtime])  # the libraries are not what is measured
+    import_module(module)  # the libraries are not what is measured
     memory = peak_over(work)
     prompt, token = (1000 * statistics.median(taken[1:]) for taken in seconds)
     return {"prompt ms": prompt, "token ms": token, "memory": memory, "file": _stored(Path(path))}
@@ -232,15 +232,15 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    there = [name for name, module in MODULES.items() if find_spec(module)]
-    parser.add_argument("--runtimes", nargs="+", choices=LOADERS, default=there)
+    there = [name for name, (module, *_) in RUNTIMES.items() if find_spec(module)]
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=there)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return 0
-    for name in LOADERS.keys() - there:
-        print(f"{name} is left out: {MODULES[name]} is not installed")
+    for name in RUNTIMES.keys() - there:
+        print(f"{name} is left out: {RUNTIMES[name][0]} is not installed")
     warnings.simplefilter("ignore")  # of the exporters' own code
     claims, results = [], {}
     with tempfile.TemporaryDirectory() as place:
@@ -250,15 +250,14 @@ def main() -> int:
             Claim("the largest pruned model over the smallest, in parameters", max(sizes) / min(sizes), 1.001)
         )
         for runtime in options.runtimes:
-            results[runtime] = compare(runtime, WRITERS[runtime](Path(place)), options.rounds)
-            for name, row in results[runtime].items():
-                if name == "dense":
-                    continue
-                for key in ("prompt ms", "memory"):
-                    claims.append(
-                        Claim(f"{runtime}, {name}: {key}, of the dense model's", row[f"{key} of dense"], 0.95)
-                    )
-            eight, whole = results[runtime][f"{CUT}, 8 bits"], results[runtime]["dense, 8 bits"]
+            rows = results[runtime] = compare(runtime, RUNTIMES[runtime][1](Path(place)), options.rounds)
+            claims += [
+                Claim(f"{runtime}, {name}: {key}, of the dense model's", row[f"{key} of dense"], 0.95)
+                for name, row in rows.items()
+                if name != "dense"
+                for key in ("prompt ms", "memory")
+            ]
+            eight, whole = rows[f"{CUT}, 8 bits"], rows["dense, 8 bits"]
             claims.append(
                 Claim(
                     f"{runtime}, 8 bits: memory, pruned over dense", eight["memory"] / whole["memory"], 0.95

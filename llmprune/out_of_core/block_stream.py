@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from llmprune.errors import InputError
-from llmprune.machine.budget import resident_memory
+from llmprune.machine.budget import resident_memory, return_memory
 from llmprune.out_of_core.block_memory import Gauge, Schedule, choose, gauge, sizes_of
 from llmprune.out_of_core.block_weights import (
     Outside,
@@ -41,7 +41,7 @@ from llmprune.scoring.calibration import Batch
 from llmprune.scoring.importance import Importance
 from llmprune.scoring.interpose import Interposer
 from llmprune.scoring.loss import SampleLosses, check_losses
-from llmprune.scoring.recompute import Block, Run, cut, floating, give_back_memory, run_part
+from llmprune.scoring.recompute import Block, Run, cut, floating, run_part
 from llmprune.scoring.reduction import Reducer, Reroute, Sums
 from llmprune.scoring.streaming import (
     Route,
@@ -113,7 +113,7 @@ def block_streamed_sums(
         _check_route(task, route)
         outside.load([[block.module] for block in blocks])
         own = exclusive(model, [block.module for block in blocks])
-        give_back_memory()
+        return_memory()
         each = [Weights.bytes_of(parameters, alone) for alone in own]
         extra = max(sum(source.extra_bytes(n, parameters[n].dtype) for n in alone) for alone in own)
         sizes = sizes_of(task, route, own, max(each), extra, of_sample.border)
@@ -268,7 +268,7 @@ class _BlockPass:
     def _give_back(self) -> None:
         """Hand free pages back where holes have grown beyond the plan; the next block could use most of them."""
         if resident_memory() > self.schedule.settled:
-            give_back_memory()
+            return_memory()
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.samples, self.batch_size):
