@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from llmprune.planning.sensitivity import sensitivity
     from llmprune.recovery.recover import Recovery, recover
     from llmprune.scoring.ranks import Ranks
-    from llmprune.scoring.score import Scores, score
+    from llmprune.scoring.score import score
+    from llmprune.scoring.scores import Scores
     from llmprune.tracing.graph import Axis, Graph, Member
     from llmprune.tracing.rules import Registration, register_rule
     from llmprune.tracing.trace import trace
@@ -83,7 +84,7 @@ _HOME = {
     "Ranks": "scoring.ranks",
     "Registration": "tracing.rules",
     "Report": "pipeline.prune",
-    "Scores": "scoring.score",
+    "Scores": "scoring.scores",
     "Verification": "compaction.verify",
     "apply": "out_of_core.apply",
     "compact": "compaction.compact",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from llmprune.planning.plan import Plan
     from llmprune.planning.request import Request
     from llmprune.scoring.calibration import Batch
-    from llmprune.scoring.score import Scores
+    from llmprune.scoring.scores import Scores
     from llmprune.tracing.graph import Graph
 
 log = logging.getLogger(__name__)

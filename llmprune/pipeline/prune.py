@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmprune.planning.request import Request
     from llmprune.repair.repair import Repair
     from llmprune.scoring.ranks import Ranks
-    from llmprune.scoring.score import Scores
+    from llmprune.scoring.scores import Scores
     from llmprune.tracing.graph import Graph
 
 REPAIRS = ("auto", "ls", "none")

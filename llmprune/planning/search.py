@@ -28,7 +28,7 @@ from llmprune.planning.plan import Plan
 from llmprune.planning.plan import plan as make_plan
 from llmprune.planning.selection import candidates_of, check_scores
 from llmprune.scoring.calibration import Batch
-from llmprune.scoring.score import Scores
+from llmprune.scoring.scores import Scores
 from llmprune.scoring.streaming import undisturbed
 
 if TYPE_CHECKING:

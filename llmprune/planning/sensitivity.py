@@ -25,7 +25,7 @@ from llmprune.planning.layer_choice import DEPTHS
 from llmprune.planning.plan import plan as make_plan
 from llmprune.planning.selection import candidates_of, check_scores
 from llmprune.scoring.sampling import long_calibration
-from llmprune.scoring.score import Scores
+from llmprune.scoring.scores import Scores
 from llmprune.scoring.streaming import undisturbed
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from llmprune.planning.allocation import layer_of, stacks
 
 if TYPE_CHECKING:
     from llmprune.planning.plan import Plan
-    from llmprune.scoring.score import Scores
+    from llmprune.scoring.scores import Scores
     from llmprune.tracing.graph import Graph
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -27,7 +27,7 @@ from llmprune.checkpoints.loading import check_files
 from llmprune.errors import LlmpruneError
 from llmprune.out_of_core.shards import INDEX, find_tensors
 from llmprune.planning.plan import Plan
-from llmprune.scoring.score import Scores
+from llmprune.scoring.scores import Scores
 
 IDS = torch.arange(12).reshape(2, 6) % 61
 

@@ -20,7 +20,8 @@ from tiny_models import build
 import llmprune
 from llmprune.checkpoints.loading import load_model
 from llmprune.errors import InputError
-from llmprune.scoring.score import Scores, score
+from llmprune.scoring.score import score
+from llmprune.scoring.scores import Scores
 
 HERE = Path(__file__).parent
 

@@ -11,7 +11,8 @@ from scoring import gradients, ids_of, model_of, whole_graph, worst
 
 from llmprune.errors import InputError
 from llmprune.scoring import importance as registry
-from llmprune.scoring.score import AGGREGATIONS, Scores, score
+from llmprune.scoring.score import AGGREGATIONS, score
+from llmprune.scoring.scores import Scores
 
 
 @pytest.fixture(scope="module")
