@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +37,6 @@ from llmprune.out_of_core.shards import sha256
 from llmprune.tracing.wrapped import on_uncompiled
 
 __all__ = ["FORMS", "Saved", "from_pretrained", "load_model", "load_tokenizer", "save_pretrained"]
-
-log = logging.getLogger(__name__)
 
 FORMS = ("auto", "stock", "universal")
 """``auto``: stock where a config of the model's own class can state the pruned sizes, universal otherwise. ``stock``:

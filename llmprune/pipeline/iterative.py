@@ -19,10 +19,10 @@ from torch import nn
 from llmprune.arguments import is_whole
 from llmprune.compaction.verify import holding, masked
 from llmprune.errors import InputError
+from llmprune.scoring.scores import Scores
 
 if TYPE_CHECKING:
     from llmprune.planning.plan import Plan
-    from llmprune.scoring.scores import Scores
 
 SCHEDULES = ("linear", "cubic")
 """How the share that is gone grows: ``i / n`` after round i of n, or ``1 - (1 - i / n)^3`` (Zhu & Gupta 2017)."""
@@ -98,7 +98,6 @@ def _without(model: nn.Module, plan: Plan, weights: Mapping[str, torch.Tensor]) 
 
 def settled(scores: Scores, plan: Plan) -> Scores:
     """Scores under which what a plan removes goes first: its scores are 0, and all others above."""
-    from llmprune.scoring.scores import Scores
 
     def lowered(values: np.ndarray, gone: np.ndarray) -> np.ndarray:
         out: np.ndarray = np.maximum(values, np.nextafter(max(0.0, float(values.max())) * 1e-300, 1.0))

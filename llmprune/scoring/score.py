@@ -6,7 +6,6 @@ nothing the size of the model's gradients held (:mod:`llmprune.scoring.streaming
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from llmprune.planning.apart import Around
     from llmprune.tracing.graph import Axis, Graph
     from llmprune.tracing.sublayers import PartAxis
-
-log = logging.getLogger(__name__)
 
 Aggregate = Callable[[np.ndarray], np.ndarray]
 AGGREGATIONS: dict[str, Aggregate] = {
